@@ -1,0 +1,150 @@
+"""Arrays -> batches: disjoint, complete shares for every rank, augmented on the device.
+
+All randomness is a function of the seed, the epoch and the step, and is drawn
+for the whole batch before each rank takes its share. So the ranks agree without
+talking, a run continues in the middle as if it had never stopped, and the same
+images meet in the same step on 1 rank or on 10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gan_lib.errors import ParameterError
+from gan_lib.images import ImageSet
+from gan_lib.parameters import TrainingParameters
+
+# One stream of random numbers for each purpose, so that switching one of them
+# off leaves the others as they were.
+ORDER, FLIPS, PIXEL_NOISE, LATENTS, SAMPLES, WEIGHTS = range(6)
+
+
+def stream_seed(seed: int, purpose: int, *position: int) -> int:
+    """A seed for one purpose at one position (epoch, step, rank), unrelated to all others."""
+    state = np.random.SeedSequence((seed, purpose, *position)).generate_state(1, np.uint64)
+    return int(state[0])
+
+
+def epoch_shares(
+    n_images: int, batch_size: int, world_size: int, seed: int, epoch: int
+) -> list[list[np.ndarray]]:
+    """Which images each rank sees in each step of one epoch.
+
+    Every image is in exactly one share. The steps are as even as they can be, at
+    most `batch_size` images each: 1,000 images at 64 make 16 steps of 62 or 63,
+    not 15 of 64 and a last one of 40 whose BatchNorm statistics stand apart.
+
+    Returns:
+        Index arrays as `shares[step][rank]`.
+
+    Raises:
+        ParameterError: if some step had no image for some rank.
+    """
+    n_steps = -(-n_images // batch_size)
+    if n_images // n_steps < world_size:
+        raise ParameterError(
+            f"batch_size {batch_size} over {n_images} images leaves a step with "
+            f"{n_images // n_steps} images for {world_size} ranks: raise batch_size to at least "
+            f"{world_size}, add images, or use fewer workers"
+        )
+    order = np.random.default_rng(stream_seed(seed, ORDER, epoch)).permutation(n_images)
+    return [np.array_split(step, world_size) for step in np.array_split(order, n_steps)]
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 -1..1, the range of the generator's tanh."""
+    return pixels.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def denormalise(images: Tensor) -> Tensor:
+    """float -1..1 -> uint8 0..255: undoes `normalise`."""
+    return images.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of one step.
+
+    Attributes:
+        images: float32 in [-1, 1], n x C x H x W, on the training device.
+        share: the part `start:stop` of the whole batch that these images are.
+        n_total: images of this step on all ranks together.
+        weight: n * world_size / n_total. DDP gives every rank the same say in the
+            mean gradient; this factor on the loss gives every image the same say.
+    """
+
+    images: Tensor
+    share: slice
+    n_total: int
+    weight: float
+
+
+class Batches:
+    """The batches of one rank.
+
+    Args:
+        images: what to train on.
+        parameters: `batch_size`, `seed`, `flip` and `noise` are used.
+        rank: of this process, 0 to world_size - 1.
+        world_size: number of ranks.
+        device: where the batches are put and augmented.
+
+    Raises:
+        ParameterError: if there are too few images for that many ranks.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        parameters: TrainingParameters,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.images = images
+        self.parameters = parameters
+        self.rank = rank
+        self.world_size = world_size
+        self.device = torch.device(device)
+        self.steps_per_epoch = len(self._shares(epoch=1))
+
+    def _shares(self, epoch: int) -> list[list[np.ndarray]]:
+        p = self.parameters
+        return epoch_shares(len(self.images), p.batch_size, self.world_size, p.seed, epoch)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """This rank's batches of one epoch, in order."""
+        for step, shares in enumerate(self._shares(epoch)):
+            start = sum(len(share) for share in shares[: self.rank])
+            mine, n_total = shares[self.rank], sum(map(len, shares))
+            pixels = torch.from_numpy(self.images.pixels[mine]).to(self.device, non_blocking=True)
+            # N x H x W x C seen as N x C x H x W is torch's channels_last: nothing is copied.
+            images = normalise(pixels.permute(0, 3, 1, 2))
+            share = slice(start, start + len(mine))
+            yield Batch(
+                images=self._augment(images, epoch, step, share, n_total),
+                share=share,
+                n_total=n_total,
+                weight=len(mine) * self.world_size / n_total,
+            )
+
+    def _augment(
+        self, images: Tensor, epoch: int, step: int, share: slice, n_total: int
+    ) -> Tensor:
+        p = self.parameters
+        if p.flip:
+            rng = np.random.default_rng(stream_seed(p.seed, FLIPS, epoch, step))
+            flips = torch.from_numpy(rng.random(n_total)[share] < 0.5).to(self.device)
+            images = torch.where(flips[:, None, None, None], images.flip(-1), images)
+        if p.noise > 0:
+            # Drawn where it is used: a whole batch of pixels is too much to draw on each rank.
+            generator = torch.Generator(self.device)
+            generator.manual_seed(stream_seed(p.seed, PIXEL_NOISE, epoch, step, self.rank))
+            noise = torch.randn(images.shape, generator=generator, device=self.device)
+            images = images.add(noise, alpha=p.noise).clamp(-1.0, 1.0)
+        return images

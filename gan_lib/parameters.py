@@ -1,0 +1,213 @@
+"""What a run is told: one validated, frozen dataclass.
+
+Every field is a plain int, float, bool or string, so that the same names and
+values travel unchanged through a notebook's parameters cell, a papermill
+profile, JSON and the Dask cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from gan_lib.errors import ParameterError
+
+IMAGE_SIZES = (16, 32, 64, 128, 256)
+CROPS = ("center", "squash")
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TrainingParameters:
+    """All that decides what a training run does.
+
+    The learning rates, `beta1`, `nz`, `ngf`, `ndf` and `batch_size` default to
+    the values of DCGAN (Radford et al. 2016, section 4, arXiv:1511.06434).
+
+    Raises:
+        ParameterError: if a value has the wrong type or cannot be trained with.
+    """
+
+    # The images
+    source: str = "dog-silhouettes"  # a name in data_manifest.json, or a folder of class folders
+    image_size: int = 64  # pixels per side: 16, 32, 64, 128 or 256
+    channels: int = 3  # 1 for grey, 3 for RGB
+    crop: str = "center"  # "center" keeps proportions and cuts; "squash" keeps everything
+    max_images: int = 0  # train on this many images, spread over the classes; 0 means all
+
+    # The two networks
+    nz: int = 100  # length of the latent vector z
+    ngf: int = 64  # generator width: feature maps before its last layer
+    ndf: int = 64  # discriminator width: feature maps after its first layer
+
+    # The training
+    epochs: int = 25  # passes over all images
+    batch_size: int = 128  # images per optimiser step over all ranks together
+    lr_g: float = 2e-4  # Adam's learning rate for the generator
+    lr_d: float = 2e-4  # Adam's learning rate for the discriminator
+    beta1: float = 0.5  # Adam's first moment decay; DCGAN found 0.9 to oscillate
+    beta2: float = 0.999  # Adam's second moment decay
+    real_label: float = 0.5  # what the discriminator is told of real images
+    fake_label: float = 0.0  # what the discriminator is told of generated images
+
+    # Augmentation, on whole batches on the training device
+    flip: bool = True  # mirror each image left to right with probability 1/2
+    noise: float = 0.0  # standard deviation of Gaussian pixel noise, where white minus black is 2
+
+    # What is kept
+    record_every: int = 5  # iterations between two records of the losses
+    sample_every: int = 1  # epochs between two pictures of the same latent vectors
+    checkpoint_every: int = 5  # epochs between two checkpoints; the last epoch always has one
+    keep_checkpoints: int = 3  # older checkpoints are deleted; 0 keeps all
+    n_samples: int = 64  # images in each picture
+
+    # The machine
+    seed: int = 0  # decides weights, latent vectors, order and augmentation
+    device: str = "auto"  # "auto" takes CUDA where there is one; or "cpu", "cuda"
+    precision: str = "float32"  # or "bfloat16": autocast, faster where the hardware has it
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = check_type(field.name, type(field.default), getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        self._check_values()
+
+    def _check_values(self) -> None:
+        if not self.source.strip():
+            raise ParameterError("source is empty: name a data source or a folder of class folders")
+        _require_choice("image_size", self.image_size, IMAGE_SIZES)
+        _require_choice("channels", self.channels, (1, 3))
+        _require_choice("crop", self.crop, CROPS)
+        _require_choice("device", self.device, DEVICES)
+        _require_choice("precision", self.precision, PRECISIONS)
+        at_least_one = ("nz", "ngf", "ndf", "epochs", "batch_size", "record_every")
+        for name in (*at_least_one, "sample_every", "checkpoint_every", "n_samples"):
+            _require_range(name, getattr(self, name), 1, None)
+        for name in ("max_images", "keep_checkpoints"):
+            _require_range(name, getattr(self, name), 0, None)
+        _require_range("seed", self.seed, 0, 2**31 - 1)
+        for name in ("lr_g", "lr_d"):
+            if getattr(self, name) <= 0:
+                raise ParameterError(
+                    f"{name} is {getattr(self, name)}: a learning rate is above 0 (DCGAN: 0.0002)"
+                )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ParameterError(
+                    f"{name} is {getattr(self, name)}: Adam needs at least 0 and less than 1"
+                )
+        for name in ("real_label", "fake_label"):
+            _require_range(name, getattr(self, name), 0.0, 1.0)
+        if self.real_label <= self.fake_label:
+            raise ParameterError(
+                f"real_label {self.real_label} is not above fake_label {self.fake_label}: "
+                "the discriminator could not learn which is which"
+            )
+        _require_range("noise", self.noise, 0.0, 1.0)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> TrainingParameters:
+        """Build parameters from a dictionary; names that are absent keep their defaults.
+
+        Raises:
+            ParameterError: on an unknown name (the nearest known one is named),
+                a wrong type or an impossible value.
+        """
+        if not isinstance(values, Mapping):
+            raise ParameterError(
+                f"parameters are {type(values).__name__}, expected a mapping of names to values"
+            )
+        refuse_unknown_names(values, cls.names())
+        return cls(**values)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of all parameters, in the order in which they are documented."""
+        return tuple(field.name for field in fields(cls))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary: `from_mapping` makes the same parameters of it."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """JSON with one parameter a line: `from_json` makes the same parameters of it."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainingParameters:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ParameterError: if the text is not JSON, or as in `from_mapping`.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ParameterError(f"the parameters are not JSON: {error}") from None
+        return cls.from_mapping(values)
+
+    def replace(self, **changes: Any) -> TrainingParameters:
+        """A copy with some values changed, checked like any other."""
+        refuse_unknown_names(changes, self.names())
+        return replace(self, **changes)
+
+
+def refuse_unknown_names(given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ParameterError for the first name that is not known, with the nearest that is."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = get_close_matches(str(name), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known)}"
+            raise ParameterError(f"there is no parameter {name!r}: {hint}")
+
+
+def check_type(name: str, expected: type, value: Any) -> Any:
+    """Return `value` as `expected` (int, float, bool or str), widening only an int to a float.
+
+    Raises:
+        ParameterError: if the value has another type, or is a float that is not finite.
+    """
+    # bool is a subclass of int in Python, so `batch_size=True` would pass an isinstance check.
+    if type(value) is expected:
+        result = value
+    elif expected is float and type(value) is int:
+        result = float(value)
+    else:
+        a = "an" if expected is int else "a"
+        hint = ""
+        if expected is float and isinstance(value, str) and _reads_as_float(value):
+            # YAML 1.1 reads 2e-4 as text: it wants a dot, 2.0e-4.
+            hint = f"; in YAML write it as {float(value)}"
+        raise ParameterError(
+            f"{name} is {value!r} ({type(value).__name__}), expected {a} {expected.__name__}{hint}"
+        )
+    if expected is float and not math.isfinite(result):
+        raise ParameterError(f"{name} is {result}, expected a finite number")
+    return result
+
+
+def _reads_as_float(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ParameterError(
+            f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}"
+        )
+
+
+def _require_range(name: str, value: float, low: float, high: float | None) -> None:
+    if high is None and value < low:
+        raise ParameterError(f"{name} is {value}, expected {low} or more")
+    if high is not None and not low <= value <= high:
+        raise ParameterError(f"{name} is {value}, expected a value from {low} to {high}")

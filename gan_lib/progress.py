@@ -1,0 +1,104 @@
+"""How long it will take: one progress bar for a person, a few lines for a log.
+
+In a notebook or a terminal a bar is drawn by tqdm. Headless (papermill, CI) the
+same progress is a line every few seconds, in a fixed form that the notebook
+runner reads back to draw a bar of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from tqdm.auto import tqdm
+
+# Set by the notebook runner for the kernels that it starts.
+HEADLESS_VARIABLE = "GAN_LIB_HEADLESS"
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def is_headless() -> bool:
+    """Whether output goes to a log: nobody watches, or a program does."""
+    return os.environ.get(HEADLESS_VARIABLE) == "1"
+
+
+class ProgressBar:
+    """Progress towards a known total; a context manager.
+
+    Args:
+        total: units of work altogether.
+        description: what is being done, one word.
+        unit: what is counted, in the singular.
+        show: False keeps quiet (on the ranks of a cluster, where nobody looks).
+    """
+
+    def __init__(self, total: int, description: str, unit: str, show: bool = True) -> None:
+        self.total = total
+        self.description = description
+        self.unit = unit
+        self.done = 0
+        self.text = ""
+        self._lines = show and is_headless()
+        self._printed_at = time.monotonic()
+        self._bar: Any = None
+        if show and not self._lines:
+            self._bar = tqdm(total=total, desc=description, unit=unit, file=sys.stdout)
+
+    def update(self, n: int, text: str = "") -> None:
+        """Count `n` more units done; `text` says what else is worth knowing."""
+        self.done += n
+        self.text = text or self.text
+        if self._bar is not None:
+            if text:
+                self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(n)
+        elif self._lines and time.monotonic() - self._printed_at >= SECONDS_BETWEEN_LINES:
+            self._print()
+
+    def _print(self) -> None:
+        self._printed_at = time.monotonic()
+        print(
+            f"{self.description} {self.done}/{self.total} {self.unit} {self.text}".rstrip(),
+            flush=True,
+        )
+
+    def close(self) -> None:
+        """Draw the last state."""
+        if self._bar is not None:
+            self._bar.close()
+        elif self._lines:
+            self._print()
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class ProgressLine(NamedTuple):
+    """What one headless line says."""
+
+    description: str
+    done: int
+    total: int
+    unit: str
+    text: str
+
+
+def parse_progress(line: str) -> ProgressLine | None:
+    """Read a line that a headless ProgressBar printed; None for any other line."""
+    match = re.fullmatch(r"(\w+) (\d+)/(\d+) (\w+) ?(.*)", line.strip())
+    if match is None:
+        return None
+    description, done, total, unit, text = match.groups()
+    return ProgressLine(description, int(done), int(total), unit, text)

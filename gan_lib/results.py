@@ -1,0 +1,432 @@
+"""What comes back: the run directory, its writer and its reader, and a results handler.
+
+A run lives in one directory, at any fsspec URL:
+
+    parameters.json              what it was told; versions, world size, device
+    status.json                  what it is doing, or how it ended
+    records/epoch_0107.jsonl     one line per recorded iteration
+    samples/epoch_0107.png       the same latent vectors every time
+    checkpoints/epoch_0107.pt    all that is needed to go on
+    tensorboard/                 the same records for TensorBoard
+
+Every file is written whole and put in place at once, so a reader never sees
+half of one, and an epoch that is trained again replaces its own records.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import queue
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import fsspec
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from gan_lib.errors import RunError
+from gan_lib.models import Generator, generate_images
+from gan_lib.parameters import TrainingParameters
+
+logger = logging.getLogger(__name__)
+
+# A checkout keeps its runs together, wherever a notebook was started from.
+_CHECKOUT = Path(__file__).parents[1]
+RUNS = str(_CHECKOUT / "runs" if (_CHECKOUT / "pyproject.toml").exists() else Path.cwd() / "runs")
+
+PARAMETERS, STATUS, STOP = "parameters.json", "status.json", "stop"
+# The kinds of files that come once per epoch, with their endings.
+_PER_EPOCH = {"records": ".jsonl", "samples": ".png", "checkpoints": ".pt"}
+
+LOSSES = ("loss_d_real", "loss_d_fake", "loss_d", "loss_g")
+
+
+def new_run_url(name: str = "run") -> str:
+    """A place under `runs/` that no run has taken yet."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return f"{RUNS}/{name}-{stamp}-{uuid.uuid4().hex[:4]}"
+
+
+def latest_run_url() -> str:
+    """The newest run under `runs/`.
+
+    Raises:
+        RunError: if there is none yet.
+    """
+    found = list(Path(RUNS).glob(f"*/{PARAMETERS}"))
+    if not found:
+        raise RunError(f"there is no run in {RUNS} yet: train one first (notebook 04)")
+    return str(max(found, key=lambda path: path.stat().st_mtime).parent)
+
+
+def epoch_path(kind: str, epoch: int) -> str:
+    """Path of an epoch's file below the run directory."""
+    return f"{kind}/epoch_{epoch:04d}{_PER_EPOCH[kind]}"
+
+
+class ResultsHandler(Protocol):
+    """Takes files of a run by their path below the run directory."""
+
+    def submit_result(self, path: str, data: str | bytes) -> None: ...
+
+
+class RunWriter:
+    """Writes files of one run directory, each whole or not at all.
+
+    Args:
+        url: a path or any fsspec URL.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.fs, self.root = fsspec.core.url_to_fs(url)
+        self._is_local = isinstance(self.fs, fsspec.implementations.local.LocalFileSystem)
+
+    def submit_result(self, path: str, data: str | bytes) -> None:
+        """Put a file in place, replacing an older one of that name."""
+        data = data.encode() if isinstance(data, str) else data
+        target = f"{self.root}/{path}"
+        if not self._is_local:
+            # An object store shows an object only once it is complete.
+            self.fs.pipe_file(target, data)
+            return
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        aside = f"{target}.{uuid.uuid4().hex}.part"
+        try:
+            with open(aside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, target)
+        finally:
+            if os.path.exists(aside):
+                os.remove(aside)
+
+    def remove(self, path: str) -> None:
+        """Delete a file, if it is there."""
+        target = f"{self.root}/{path}"
+        if self.fs.exists(target):
+            self.fs.rm(target)
+
+    def exists(self, path: str) -> bool:
+        """Whether the file is there now."""
+        self.fs.invalidate_cache()
+        return self.fs.exists(f"{self.root}/{path}")
+
+    def set_status(self, state: str, **details: Any) -> None:
+        """Say what the run is doing: "waiting", "training", "stopped", "finished" or "failed"."""
+        self.submit_result(STATUS, json.dumps({"state": state, "time": time.time(), **details}))
+
+
+def create_run(url: str, parameters: TrainingParameters) -> RunWriter:
+    """Reserve a run directory: nothing that an earlier run left there is touched.
+
+    Raises:
+        RunError: if a run already lives there, or the place cannot be written.
+    """
+    writer = RunWriter(url)
+    try:
+        if writer.exists(PARAMETERS):
+            raise RunError(
+                f"{url} already holds a run: choose another place, "
+                "or go on with it by resume=True"
+            )
+        writer.submit_result(PARAMETERS, json.dumps({"parameters": parameters.to_dict()}, indent=2))
+        writer.set_status("waiting")
+    except OSError as error:
+        raise RunError(f"the run directory {url} cannot be written: {error}") from error
+    return writer
+
+
+def open_run(url: str = "latest") -> Run:
+    """Open a run to read it, while it goes on or a year later.
+
+    Args:
+        url: its directory, a path or any fsspec URL; "latest" is the newest under `runs/`.
+
+    Raises:
+        RunError: if no run lives there.
+    """
+    return Run(latest_run_url() if url == "latest" else url)
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What a run was last heard to do.
+
+    Attributes:
+        state: "waiting", "training", "stopped", "finished" or "failed".
+        time: when it said so, in seconds since 1970.
+        error: what ended it, if it failed.
+    """
+
+    state: str
+    time: float
+    error: str = ""
+
+
+class Run:
+    """A run directory, read only.
+
+    Attributes:
+        url: where it lives.
+        parameters: what it was told.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._fs, self._root = fsspec.core.url_to_fs(url)
+        self.parameters = TrainingParameters.from_mapping(self.info()["parameters"])
+
+    def __repr__(self) -> str:
+        return f"<Run {self.url}: {self.status().state}, {len(self.epochs('records'))} epochs>"
+
+    def info(self) -> dict[str, Any]:
+        """All of parameters.json: parameters, versions, world size, device, images.
+
+        Raises:
+            RunError: if there is none.
+        """
+        try:
+            return json.loads(self._fs.cat_file(f"{self._root}/{PARAMETERS}"))
+        except FileNotFoundError:
+            raise RunError(
+                f"no run lives at {self.url}: it holds no {PARAMETERS}"
+            ) from None
+        except ValueError as error:
+            raise RunError(f"{self.url}/{PARAMETERS} is damaged: {error}") from None
+
+    def status(self) -> RunStatus:
+        """What the run was last heard to do."""
+        try:
+            return RunStatus(**json.loads(self._fs.cat_file(f"{self._root}/{STATUS}")))
+        except FileNotFoundError:
+            return RunStatus("waiting", 0.0)
+
+    def epochs(self, kind: str) -> list[int]:
+        """The epochs that have a file of this kind: "records", "samples" or "checkpoints"."""
+        self._fs.invalidate_cache()
+        try:
+            paths = self._fs.ls(f"{self._root}/{kind}", detail=False)
+        except FileNotFoundError:
+            return []
+        pattern = re.compile(rf"/epoch_(\d+){re.escape(_PER_EPOCH[kind])}$")
+        return sorted(int(m.group(1)) for m in map(pattern.search, paths) if m)
+
+    def records(self, epochs: Sequence[int] | None = None) -> pd.DataFrame:
+        """One row per recorded iteration: iteration, epoch, every loss, images/s.
+
+        Args:
+            epochs: only these; None means all.
+        """
+        chosen = self.epochs("records") if epochs is None else epochs
+        lines: list[dict[str, Any]] = []
+        for epoch in chosen:
+            text = self._read("records", epoch).decode()
+            lines += [json.loads(line) for line in text.splitlines()]
+        return pd.DataFrame(lines)
+
+    def samples(self, epochs: Sequence[int] | None = None) -> dict[int, np.ndarray]:
+        """Epoch -> its picture, the same latent vectors in a grid: uint8, H x W x C."""
+        chosen = self.epochs("samples") if epochs is None else epochs
+        pictures = {}
+        for epoch in chosen:
+            image = np.asarray(Image.open(io.BytesIO(self._read("samples", epoch))))
+            pictures[epoch] = image if image.ndim == 3 else image[..., None]
+        return pictures
+
+    def checkpoints(self) -> dict[int, str]:
+        """Epoch -> URL of its checkpoint."""
+        return {e: f"{self.url}/{epoch_path('checkpoints', e)}" for e in self.epochs("checkpoints")}
+
+    def checkpoint(self, epoch: int | str = "latest") -> dict[str, Any]:
+        """The content of a checkpoint, on the CPU.
+
+        Raises:
+            RunError: if there is none of that epoch, or the file is damaged.
+        """
+        kept = self.epochs("checkpoints")
+        if not kept:
+            raise RunError(f"{self.url} has no checkpoint yet: wait for its first")
+        wanted = kept[-1] if epoch == "latest" else epoch
+        if wanted not in kept:
+            raise RunError(
+                f"{self.url} has no checkpoint of epoch {wanted}: it keeps {_join(kept)}"
+            )
+        data = io.BytesIO(self._read("checkpoints", wanted))
+        try:
+            return torch.load(data, map_location="cpu", weights_only=True)
+        # torch.load has no exception of its own for a damaged file.
+        except Exception as error:
+            raise RunError(
+                f"the checkpoint of epoch {wanted} in {self.url} is damaged "
+                f"({type(error).__name__}): open another of {_join(kept)}"
+            ) from error
+
+    def generator(self, epoch: int | str = "latest") -> Generator:
+        """The generator as it was after an epoch, in eval mode on the CPU."""
+        p = self.parameters
+        generator = Generator(p.image_size, p.channels, p.nz, p.ngf)
+        generator.load_state_dict(self.checkpoint(epoch)["generator"])
+        return generator.eval()
+
+    def generate(self, n: int, epoch: int | str = "latest", seed: int = 0) -> np.ndarray:
+        """Make `n` new images: uint8, n x H x W x C."""
+        return generate_images(self.generator(epoch), n, seed)
+
+    def _read(self, kind: str, epoch: int) -> bytes:
+        try:
+            return self._fs.cat_file(f"{self._root}/{epoch_path(kind, epoch)}")
+        except FileNotFoundError:
+            raise RunError(
+                f"{self.url} has no {kind} of epoch {epoch}: it has {_join(self.epochs(kind))}"
+            ) from None
+
+
+def _join(epochs: Sequence[int]) -> str:
+    if len(epochs) > 8:
+        return f"{len(epochs)} epochs from {epochs[0]} to {epochs[-1]}"
+    return "epochs " + ", ".join(map(str, epochs)) if epochs else "none"
+
+
+def image_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """Lay images side by side.
+
+    Args:
+        images: N x H x W x C.
+        columns: as many as make the grid square, if None.
+
+    Returns:
+        (rows * H) x (columns * W) x C; what is left over is black.
+    """
+    n, height, width, c = images.shape
+    columns = columns or max(1, round(np.sqrt(n)))
+    rows = -(-n // columns)
+    full = np.zeros((rows * columns, height, width, c), dtype=images.dtype)
+    full[:n] = images
+    grid = full.reshape(rows, columns, height, width, c).swapaxes(1, 2)
+    return grid.reshape(rows * height, columns * width, c)
+
+
+def png_bytes(picture: np.ndarray) -> bytes:
+    """A uint8 H x W x C array as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def tensorboard_events(records: list[dict[str, Any]]) -> bytes:
+    """Records as one TensorBoard event file; the losses become scalars by iteration.
+
+    Raises:
+        ImportError: if tensorboard is not installed.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    buffer = io.BytesIO()
+    writer = RecordWriter(buffer)
+    writer.write(Event(wall_time=records[0]["time"], file_version="brain.Event:2").SerializeToString())
+    for record in records:
+        values = [Summary.Value(tag=name, simple_value=record[name]) for name in LOSSES]
+        event = Event(
+            wall_time=record["time"], step=record["iteration"], summary=Summary(value=values)
+        )
+        writer.write(event.SerializeToString())
+    return buffer.getvalue()
+
+
+class DaskResultsHandler:
+    """Sends small results from Dask tasks to the client while they run.
+
+    The same two methods as `dask_pytorch_ddp.results.DaskResultsHandler`, on
+    Dask's event log in place of the removed `distributed.pubsub`. The scheduler
+    keeps every event, so send numbers; pictures and checkpoints belong in a run
+    directory.
+
+    Args:
+        pub_sub_key: the topic; a new one for each job keeps their results apart.
+    """
+
+    def __init__(self, pub_sub_key: str | None = None) -> None:
+        self.pub_sub_key = pub_sub_key or uuid.uuid4().hex
+
+    def submit_result(self, path: str, data: str | bytes) -> None:
+        """In a task: send `data` to be written to `path` below the client's folder."""
+        from distributed import get_worker
+
+        message = {"path": path, "data": data, "id": uuid.uuid4().hex}
+        get_worker().log_event(self.pub_sub_key, message)
+
+    def process_results(
+        self, prefix: str, futures: Sequence[Any], raise_errors: bool = True
+    ) -> None:
+        """On the client: write results below `prefix` as they come, until all futures are done.
+
+        Args:
+            prefix: a path or any fsspec URL.
+            futures: of the job whose results these are.
+            raise_errors: raise the error of the first future that fails, or log it and go on.
+        """
+        from distributed import get_client, wait
+
+        client = futures[0].client if futures else get_client()
+        writer = RunWriter(str(prefix))
+        messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        client.subscribe_topic(self.pub_sub_key, lambda event: messages.put(event[1]))
+        # What was sent before the subscription, which may overlap with what it brings.
+        for _, message in client.get_events(self.pub_sub_key):
+            messages.put(message)
+        seen: set[str] = set()
+        waiting = list(futures)
+        try:
+            while True:
+                # A worker reports a result before it reports its task done, on the same
+                # connection: so what is here once all are done is all there is.
+                done = [future for future in waiting if future.done()]
+                _write_all(messages, seen, writer)
+                for future in done:
+                    waiting.remove(future)
+                    if future.status != "finished":
+                        error = future.exception()
+                        if raise_errors:
+                            future.result()
+                        logger.error("a rank failed", exc_info=error)
+                if not waiting:
+                    _write_all(messages, seen, writer)
+                    break
+                try:
+                    wait(waiting, timeout=0.2, return_when="FIRST_COMPLETED")
+                except TimeoutError:
+                    continue
+        finally:
+            client.unsubscribe_topic(self.pub_sub_key)
+
+
+def _write_all(
+    messages: queue.SimpleQueue[dict[str, Any]], seen: set[str], writer: RunWriter
+) -> None:
+    while True:
+        try:
+            message = messages.get_nowait()
+        except queue.Empty:
+            return
+        if message["id"] in seen:
+            continue
+        seen.add(message["id"])
+        path = message["path"]
+        # The path comes from another machine: it must not lead out of the folder.
+        if os.path.isabs(path) or ".." in Path(path).parts:
+            raise RunError(f"a result is named {path!r}: only paths below the run are written")
+        writer.submit_result(path, message["data"])

@@ -1,0 +1,629 @@
+"""One rank's work: the discriminator's step, the generator's step, and the loop around them.
+
+`train_gan` runs alone in one process, or as one rank of many: it asks
+torch.distributed which, and knows nothing of Dask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import inspect
+import io
+import json
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import gan_lib
+from gan_lib.batches import LATENTS, SAMPLES, WEIGHTS, Batch, Batches, stream_seed
+from gan_lib.errors import DivergenceError, ParameterError, RunError
+from gan_lib.images import ImageSet, prepare_images
+from gan_lib.models import Discriminator, Generator, latent_vectors, render
+from gan_lib.parameters import TrainingParameters
+from gan_lib.progress import ProgressBar
+from gan_lib.results import (
+    LOSSES,
+    PARAMETERS,
+    STOP,
+    ResultsHandler,
+    RunWriter,
+    create_run,
+    epoch_path,
+    image_grid,
+    open_run,
+    png_bytes,
+    tensorboard_events,
+)
+
+# How often the records of a long epoch are written while it goes on, for those who watch.
+SECONDS_BETWEEN_WRITES = 2.0
+
+
+@dataclass
+class TrainingResult:
+    """What one rank brings back.
+
+    Attributes:
+        rank: of this process.
+        world_size: number of ranks.
+        device: "cpu" or "cuda:0".
+        epochs: trained in this call.
+        iterations: optimiser steps in this call.
+        seconds: from the first step to the last.
+        images_per_second: over all ranks together.
+        weights_sha256: of generator and discriminator, equal on all ranks.
+        stopped: whether it was asked to stop before its last epoch.
+        run: URL of the run directory, if one was written.
+        records: one dictionary per recorded iteration (rank 0 only).
+        generator: the trained generator, if this was the only rank.
+    """
+
+    rank: int
+    world_size: int
+    device: str
+    epochs: int
+    iterations: int
+    seconds: float
+    images_per_second: float
+    weights_sha256: str
+    stopped: bool
+    run: str | None
+    records: list[dict[str, Any]] = field(repr=False, default_factory=list)
+    generator: Generator | None = field(repr=False, default=None)
+
+
+def gan_loss(scores: Tensor, label: float) -> Tensor:
+    """Binary cross-entropy of the discriminator's scores against one label.
+
+    With label 1 for real and 0 for fake this is Goodfellow et al. 2014
+    (arXiv:1406.2661), equation 1, with the generator's loss in the form that
+    does not saturate (section 3).
+
+    Args:
+        scores: logits, n.
+        label: from 0 to 1.
+    """
+    return binary_cross_entropy_with_logits(scores.float(), torch.full_like(scores.float(), label))
+
+
+def discriminator_step(
+    d: nn.Module,
+    optimizer_d: torch.optim.Optimizer,
+    real: Tensor,
+    fake: Tensor,
+    real_label: float = 0.5,
+    fake_label: float = 0.0,
+    weight: float = 1.0,
+    precision: str = "float32",
+) -> dict[str, Tensor]:
+    """Teach the discriminator to tell this rank's real images from its generated ones.
+
+    Args:
+        d: the discriminator, alone or wrapped in DDP.
+        optimizer_d: its optimiser; one step is taken.
+        real: n x C x H x W.
+        fake: n x C x H x W; the generator learns nothing from this step.
+        real_label: target for real images.
+        fake_label: target for generated images.
+        weight: of this rank's loss in the mean over ranks, see `Batch`.
+        precision: "float32" or "bfloat16".
+
+    Returns:
+        The losses "loss_d_real", "loss_d_fake" and their sum "loss_d", each a scalar.
+    """
+    d.requires_grad_(True)
+    optimizer_d.zero_grad(set_to_none=True)
+    # Real and fake pass separately, because BatchNorm would mix their statistics in one
+    # pass; and each has its backward before the other's forward, as DDP requires.
+    # The gradients add up, so only the second half needs the exchange between ranks.
+    with d.no_sync() if isinstance(d, DDP) else contextlib.nullcontext():
+        with _autocast(real.device, precision):
+            loss_d_real = gan_loss(d(real), real_label)
+        (weight * loss_d_real).backward()
+    with _autocast(real.device, precision):
+        loss_d_fake = gan_loss(d(fake.detach()), fake_label)
+    (weight * loss_d_fake).backward()
+    optimizer_d.step()
+    real_part, fake_part = loss_d_real.detach(), loss_d_fake.detach()
+    return {"loss_d_real": real_part, "loss_d_fake": fake_part, "loss_d": real_part + fake_part}
+
+
+def generator_step(
+    d: nn.Module,
+    optimizer_g: torch.optim.Optimizer,
+    fake: Tensor,
+    real_label: float = 0.5,
+    weight: float = 1.0,
+    precision: str = "float32",
+) -> dict[str, Tensor]:
+    """Teach the generator to make images that the discriminator takes for real.
+
+    Args:
+        d: the discriminator, alone or wrapped in DDP; it learns nothing from this step.
+        optimizer_g: the generator's optimiser; one step is taken.
+        fake: n x C x H x W, as the generator (alone or in DDP) returned them.
+        real_label: target for the generated images.
+        weight: of this rank's loss in the mean over ranks, see `Batch`.
+        precision: "float32" or "bfloat16".
+
+    Returns:
+        The loss "loss_g", a scalar.
+    """
+    optimizer_g.zero_grad(set_to_none=True)
+    # The gradient flows through D to the images, but D's own weights need none: frozen
+    # and without its DDP wrapper it computes none and exchanges none.
+    judge = unwrap(d).requires_grad_(False)
+    with _autocast(fake.device, precision):
+        loss_g = gan_loss(judge(fake), real_label)
+    (weight * loss_g).backward()
+    optimizer_g.step()
+    return {"loss_g": loss_g.detach()}
+
+
+def train_gan(
+    parameters: TrainingParameters | Mapping[str, Any] | None = None,
+    *,
+    run: str | None = None,
+    images: ImageSet | None = None,
+    results: ResultsHandler | None = None,
+    resume: bool = False,
+    local_rank: int | None = None,
+    progress: bool | None = None,
+) -> TrainingResult:
+    """Train a GAN as one rank: the only one, or one of those that torch.distributed knows.
+
+    Args:
+        parameters: what to train; a mapping is checked like `TrainingParameters.from_mapping`.
+        run: URL of the run directory to write; None writes none.
+        images: train on these in place of `parameters.source`.
+        results: also gets parameters.json and the records, e.g. a `DaskResultsHandler`.
+        resume: go on from the newest checkpoint in `run`.
+        local_rank: which GPU of this machine to take; None takes the first it can see.
+        progress: show a progress bar; None shows one if this is the only rank.
+
+    Raises:
+        ParameterError: if the parameters are wrong, or differ between the ranks.
+        SourceError: if there are no images.
+        RunError: if `run` is taken, or `resume` finds other parameters there.
+        DivergenceError: if a loss is no longer a finite number.
+    """
+    if not isinstance(parameters, TrainingParameters):
+        parameters = TrainingParameters.from_mapping(parameters or {})
+    ranks = Ranks()
+    show = ranks.world_size == 1 if progress is None else progress
+    device = pick_device(parameters.device, local_rank)
+    if images is None:
+        p = parameters
+        images = prepare_images(
+            p.source, p.image_size, p.channels, p.crop, p.max_images, progress=show
+        )
+    _check_images(images, parameters)
+    ranks.require_equal("parameters and images", (parameters.to_dict(), images.checksum(), resume))
+    batches = Batches(images, parameters, ranks.rank, ranks.world_size, device)
+
+    training = _Training(parameters, ranks, device)
+    if run is not None:
+        # Rank 0 decides whether the place is good, and all ranks hear of it.
+        ranks.from_first(lambda: _claim_run(run, parameters, resume))
+        if resume:
+            training.load(ranks.from_first(lambda: open_run(run).checkpoint()))
+    keeper = _Keeper(run, results, parameters) if ranks.rank == 0 else None
+    if keeper is not None:
+        keeper.keep_parameters(_describe(training, images, batches))
+    try:
+        result = _run_epochs(training, batches, keeper, show)
+    except Exception as error:
+        if keeper is not None:
+            keeper.keep_status("failed", error=f"{type(error).__name__}: {error}")
+        raise
+    if keeper is not None:
+        keeper.keep_status("stopped" if result.stopped else "finished")
+    result.run = run
+    return result
+
+
+class Ranks:
+    """This process among the ranks of its job; of world size 1 without torch.distributed."""
+
+    def __init__(self) -> None:
+        self.distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if self.distributed else 0
+        self.world_size = dist.get_world_size() if self.distributed else 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in order, on every rank."""
+        if not self.distributed:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the ranks, on every rank."""
+        if self.distributed:
+            dist.all_reduce(values)
+        return values / self.world_size
+
+    def from_first(self, compute: Any) -> Any:
+        """What rank 0 computes, or raises, on every rank."""
+        outcome: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                outcome = [compute()]
+            except Exception as error:
+                outcome = [error]
+        if self.distributed:
+            dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
+
+    def require_equal(self, what: str, value: Any) -> None:
+        """Compare a value over the ranks.
+
+        Raises:
+            ParameterError: naming the first rank that differs from rank 0.
+        """
+        values = self.gather(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise ParameterError(
+                    f"{what} of rank {rank} differ from those of rank 0: "
+                    "every worker must read the same images and be told the same"
+                )
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module itself, without its DDP wrapper."""
+    return module.module if isinstance(module, DDP) else module
+
+
+def pick_device(wanted: str = "auto", local_rank: int | None = None) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        ParameterError: if CUDA is wanted and this process sees no GPU.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ParameterError("device is 'cuda', but this process sees no GPU: use 'auto' or 'cpu'")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", (local_rank or 0) % torch.cuda.device_count())
+    # NCCL and the gathering of objects use the current device.
+    torch.cuda.set_device(device)
+    return device
+
+
+def weights_checksum(*modules: nn.Module) -> str:
+    """SHA-256 of all weights and buffers: equal where training left equal replicas."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in unwrap(module).state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _Training:
+    """The two networks, their optimisers, and where in the run they are."""
+
+    def __init__(self, parameters: TrainingParameters, ranks: Ranks, device: torch.device) -> None:
+        p = self.parameters = parameters
+        self.ranks = ranks
+        self.device = device
+        self.epoch = 0
+        self.iteration = 0
+        with torch.random.fork_rng(devices=[]):
+            # On the CPU, so that every device starts from the same weights.
+            torch.manual_seed(stream_seed(p.seed, WEIGHTS))
+            g = Generator(p.image_size, p.channels, p.nz, p.ngf)
+            d = Discriminator(p.image_size, p.channels, p.ndf)
+        self.g = self._place(g)
+        self.d = self._place(d)
+        betas = (p.beta1, p.beta2)
+        self.optimizer_g = torch.optim.Adam(self.g.parameters(), lr=p.lr_g, betas=betas)
+        self.optimizer_d = torch.optim.Adam(self.d.parameters(), lr=p.lr_d, betas=betas)
+        self.sample_latents = latent_vectors(p.n_samples, p.nz, stream_seed(p.seed, SAMPLES))
+
+    def _place(self, module: nn.Module) -> nn.Module:
+        # channels_last is how the batches lie in memory, and what convolutions run fastest on.
+        module = module.to(self.device, memory_format=torch.channels_last)
+        return distribute(module) if self.ranks.distributed else module
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """One optimiser step of each network; the losses of this rank."""
+        p = self.parameters
+        seed = stream_seed(p.seed, LATENTS, self.iteration)
+        z = latent_vectors(batch.n_total, p.nz, seed)[batch.share].to(self.device)
+        with _autocast(self.device, p.precision):
+            fake = self.g(z)
+        losses = discriminator_step(
+            self.d,
+            self.optimizer_d,
+            batch.images,
+            fake,
+            p.real_label,
+            p.fake_label,
+            batch.weight,
+            p.precision,
+        )
+        losses |= generator_step(
+            self.d, self.optimizer_g, fake, p.real_label, batch.weight, p.precision
+        )
+        self.iteration += 1
+        return losses
+
+    def average_statistics(self) -> None:
+        """Give every rank the mean of the ranks' BatchNorm statistics.
+
+        Each rank's running statistics follow its own share of the images; their
+        mean follows all of them, and keeps the replicas identical.
+        """
+        if not self.ranks.distributed:
+            return
+        for module in (self.g, self.d):
+            for buffer in unwrap(module).buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(self.ranks.mean(buffer))
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on after the current epoch."""
+        return {
+            "epoch": self.epoch,
+            "iteration": self.iteration,
+            "parameters": self.parameters.to_dict(),
+            "generator": unwrap(self.g).state_dict(),
+            "discriminator": unwrap(self.d).state_dict(),
+            "optimizer_g": self.optimizer_g.state_dict(),
+            "optimizer_d": self.optimizer_d.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.epoch = state["epoch"]
+        self.iteration = state["iteration"]
+        unwrap(self.g).load_state_dict(state["generator"])
+        unwrap(self.d).load_state_dict(state["discriminator"])
+        self.optimizer_g.load_state_dict(state["optimizer_g"])
+        self.optimizer_d.load_state_dict(state["optimizer_d"])
+
+
+def distribute(module: nn.Module) -> DDP:
+    """Wrap a network for training on all ranks: the one difference that DDP makes.
+
+    Buffers are not exchanged in each forward pass: `train_gan` averages them once an epoch.
+    """
+    # torch 2.13 renamed the argument.
+    names = inspect.signature(DDP.__init__).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return DDP(module, **{name: False})
+
+
+def _run_epochs(
+    training: _Training, batches: Batches, keeper: _Keeper | None, show: bool
+) -> TrainingResult:
+    p, ranks = training.parameters, training.ranks
+    first_epoch, first_iteration = training.epoch, training.iteration
+    todo = p.epochs - first_epoch
+    n_images = 0
+    stopped = False
+    all_records: list[dict[str, Any]] = []
+    if keeper is not None:
+        keeper.keep_status("training")
+    started = time.perf_counter()
+    with ProgressBar(todo * batches.steps_per_epoch, "training", "step", show=show) as bar:
+        while training.epoch < p.epochs and not stopped:
+            epoch = training.epoch + 1
+            records: list[dict[str, Any]] = []
+            for batch in batches.epoch(epoch):
+                losses = training.step(batch)
+                n_images += batch.n_total
+                if training.iteration % p.record_every == 0:
+                    rate = n_images / (time.perf_counter() - started)
+                    records.append(_record(training, epoch, losses, batch.weight, rate))
+                    if keeper is not None:
+                        keeper.keep_records(epoch, records)
+                bar.update(1, _progress_text(epoch, p.epochs, records))
+            training.average_statistics()
+            training.epoch = epoch
+            all_records += records
+            if keeper is not None:
+                stopped = keeper.keep_epoch(training, records)
+            stopped = ranks.from_first(lambda asked=stopped: asked)
+    seconds = time.perf_counter() - started
+    checksum = weights_checksum(training.g, training.d)
+    ranks.require_equal("weights after training", checksum)
+    return TrainingResult(
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=str(training.device),
+        epochs=training.epoch - first_epoch,
+        iterations=training.iteration - first_iteration,
+        seconds=seconds,
+        images_per_second=n_images / seconds,
+        weights_sha256=checksum,
+        stopped=stopped and training.epoch < p.epochs,
+        run=None,
+        records=all_records if ranks.rank == 0 else [],
+        generator=None if ranks.distributed else training.g.cpu().eval(),
+    )
+
+
+def _record(
+    training: _Training, epoch: int, losses: dict[str, Tensor], weight: float, rate: float
+) -> dict[str, Any]:
+    mine = torch.stack([losses[name] for name in LOSSES]) * weight
+    means = dict(zip(LOSSES, training.ranks.mean(mine).tolist(), strict=True))
+    for name, value in means.items():
+        if not abs(value) < float("inf"):
+            # All ranks see the same mean, so all stop here together.
+            raise DivergenceError(
+                f"{name} is {value} at iteration {training.iteration} of epoch {epoch}: "
+                "training has diverged; lower lr_g and lr_d, or use precision float32"
+            )
+    return {
+        "iteration": training.iteration,
+        "epoch": epoch,
+        **means,
+        "images_per_second": round(rate, 2),
+        "time": round(time.time(), 3),
+    }
+
+
+def _progress_text(epoch: int, epochs: int, records: list[dict[str, Any]]) -> str:
+    if not records:
+        return ""
+    last = records[-1]
+    return (
+        f"epoch {epoch}/{epochs} loss_d {last['loss_d']:.3f} loss_g {last['loss_g']:.3f} "
+        f"{last['images_per_second']:.0f} images/s"
+    )
+
+
+class _Keeper:
+    """What rank 0 keeps of the run: files in the run directory, numbers for the handler."""
+
+    def __init__(
+        self,
+        run: str | None,
+        results: ResultsHandler | None,
+        parameters: TrainingParameters,
+    ) -> None:
+        self.writer = RunWriter(run) if run is not None else None
+        self.results = results
+        self.parameters = parameters
+        self._written_at = time.monotonic()
+        self._checkpoints = open_run(run).epochs("checkpoints") if run is not None else []
+
+    def keep_parameters(self, info: dict[str, Any]) -> None:
+        text = json.dumps(info, indent=2)
+        for target in (self.writer, self.results):
+            if target is not None:
+                target.submit_result(PARAMETERS, text)
+
+    def keep_status(self, state: str, **details: Any) -> None:
+        if self.writer is not None:
+            self.writer.set_status(state, **details)
+
+    def keep_records(self, epoch: int, records: list[dict[str, Any]]) -> None:
+        """The records so far of an epoch that goes on, now and then."""
+        if self.writer is not None:
+            now = time.monotonic()
+            if now - self._written_at >= SECONDS_BETWEEN_WRITES:
+                self._written_at = now
+                self.writer.submit_result(epoch_path("records", epoch), _lines(records))
+
+    def keep_epoch(self, training: _Training, records: list[dict[str, Any]]) -> bool:
+        """All that a finished epoch leaves; True if somebody asked to stop."""
+        p, epoch = self.parameters, training.epoch
+        if self.results is not None:
+            self.results.submit_result(epoch_path("records", epoch), _lines(records))
+        if self.writer is None:
+            return False
+        self.writer.submit_result(epoch_path("records", epoch), _lines(records))
+        # An epoch shorter than `record_every` may have no record.
+        if records:
+            self._keep_tensorboard(epoch, records)
+        stop = self.writer.exists(STOP)
+        last = stop or epoch == p.epochs
+        if last or epoch % p.sample_every == 0 or epoch == 1:
+            pictures = render(unwrap(training.g), training.sample_latents)
+            self.writer.submit_result(epoch_path("samples", epoch), png_bytes(image_grid(pictures)))
+        if last or epoch % p.checkpoint_every == 0:
+            buffer = io.BytesIO()
+            torch.save(training.state(), buffer)
+            self.writer.submit_result(epoch_path("checkpoints", epoch), buffer.getvalue())
+            self._forget_checkpoints(epoch)
+        if stop:
+            self.writer.remove(STOP)
+        return stop
+
+    def _keep_tensorboard(self, epoch: int, records: list[dict[str, Any]]) -> None:
+        assert self.writer is not None
+        # Optional on the workers of a cluster: records.jsonl says the same.
+        with contextlib.suppress(ImportError):
+            # TensorBoard reads the event files of a folder in the order of their names.
+            path = f"tensorboard/events.out.tfevents.epoch_{epoch:04d}"
+            self.writer.submit_result(path, tensorboard_events(records))
+
+    def _forget_checkpoints(self, epoch: int) -> None:
+        assert self.writer is not None
+        self._checkpoints = [e for e in self._checkpoints if e != epoch] + [epoch]
+        keep = self.parameters.keep_checkpoints
+        while keep and len(self._checkpoints) > keep:
+            self.writer.remove(epoch_path("checkpoints", self._checkpoints.pop(0)))
+
+
+def _claim_run(run: str, parameters: TrainingParameters, resume: bool) -> None:
+    """Make sure that `run` is new, or one that `launch` has reserved, or one to resume."""
+    if not RunWriter(run).exists(PARAMETERS):
+        if resume:
+            raise RunError(f"no run lives at {run}: start it without resume")
+        create_run(run, parameters)
+        return
+    existing = open_run(run)
+    if not resume:
+        if existing.epochs("records") or existing.parameters != parameters:
+            create_run(run, parameters)  # which refuses
+        return
+    may_change = ("epochs", "record_every", "sample_every", "checkpoint_every", "keep_checkpoints")
+    old, new = existing.parameters.to_dict(), parameters.to_dict()
+    differences = [
+        f"{name} was {old[name]!r} and is {new[name]!r}"
+        for name in old
+        if old[name] != new[name] and name not in (*may_change, "device")
+    ]
+    if differences:
+        raise RunError(
+            f"{run} cannot be resumed with other parameters: {'; '.join(differences)}. "
+            f"Only {', '.join(may_change)} may change"
+        )
+
+
+def _check_images(images: ImageSet, p: TrainingParameters) -> None:
+    wanted = (p.image_size, p.image_size, p.channels)
+    if images.pixels.shape[1:] != wanted:
+        raise ParameterError(
+            f"the images are {images.pixels.shape[1:]}, but image_size and channels "
+            f"ask for {wanted}: prepare them with the same values"
+        )
+
+
+def _describe(training: _Training, images: ImageSet, batches: Batches) -> dict[str, Any]:
+    return {
+        "parameters": training.parameters.to_dict(),
+        "world_size": training.ranks.world_size,
+        "device": str(training.device),
+        "device_name": torch.cuda.get_device_name(training.device)
+        if training.device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        "backend": dist.get_backend() if training.ranks.distributed else None,
+        "images": len(images),
+        "classes": len(images.classes),
+        "skipped": len(images.skipped),
+        "images_sha256": images.checksum(),
+        "steps_per_epoch": batches.steps_per_epoch,
+        "versions": {
+            "gan_lib": gan_lib.__version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "dask")},
+        },
+    }
+
+
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def _lines(records: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
