@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -83,6 +84,14 @@ class ProgressBar:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def progress_text(record: Mapping[str, Any], epochs: int) -> str:
+    """The newest record of a run of so many epochs, in one short line."""
+    return (
+        f"epoch {record['epoch']:.0f}/{epochs} loss_d {record['loss_d']:.3f} "
+        f"loss_g {record['loss_g']:.3f} {record['images_per_second']:.0f} images/s"
+    )
 
 
 class ProgressLine(NamedTuple):

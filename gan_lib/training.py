@@ -12,6 +12,7 @@ import importlib.metadata
 import inspect
 import io
 import json
+import os
 import platform
 import time
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ from gan_lib.errors import DivergenceError, ParameterError, RunError
 from gan_lib.images import ImageSet, prepare_images
 from gan_lib.models import Discriminator, Generator, latent_vectors, render
 from gan_lib.parameters import TrainingParameters
-from gan_lib.progress import ProgressBar
+from gan_lib.progress import ProgressBar, progress_text
 from gan_lib.results import (
     LOSSES,
     PARAMETERS,
@@ -188,7 +189,8 @@ def train_gan(
         images: train on these in place of `parameters.source`.
         results: also gets parameters.json and the records, e.g. a `DaskResultsHandler`.
         resume: go on from the newest checkpoint in `run`.
-        local_rank: which GPU of this machine to take; None takes the first it can see.
+        local_rank: which GPU of this machine to take; None asks the environment variable
+            LOCAL_RANK, and takes the first GPU if that is not set.
         progress: show a progress bar; None shows one if this is the only rank.
 
     Raises:
@@ -298,7 +300,9 @@ def pick_device(wanted: str = "auto", local_rank: int | None = None) -> torch.de
         raise ParameterError("device is 'cuda', but this process sees no GPU: use 'auto' or 'cpu'")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", (local_rank or 0) % torch.cuda.device_count())
+    if local_rank is None:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
     # NCCL and the gathering of objects use the current device.
     torch.cuda.set_device(device)
     return device
@@ -433,7 +437,7 @@ def _run_epochs(
                     records.append(_record(training, epoch, losses, batch.weight, rate))
                     if keeper is not None:
                         keeper.keep_records(epoch, records)
-                bar.update(1, _progress_text(epoch, p.epochs, records))
+                bar.update(1, progress_text(records[-1], p.epochs) if records else "")
             training.average_statistics()
             training.epoch = epoch
             all_records += records
@@ -478,16 +482,6 @@ def _record(
         "images_per_second": round(rate, 2),
         "time": round(time.time(), 3),
     }
-
-
-def _progress_text(epoch: int, epochs: int, records: list[dict[str, Any]]) -> str:
-    if not records:
-        return ""
-    last = records[-1]
-    return (
-        f"epoch {epoch}/{epochs} loss_d {last['loss_d']:.3f} loss_g {last['loss_g']:.3f} "
-        f"{last['images_per_second']:.0f} images/s"
-    )
 
 
 class _Keeper:
