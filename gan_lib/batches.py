@@ -133,9 +133,7 @@ class Batches:
                 weight=len(mine) * self.world_size / n_total,
             )
 
-    def _augment(
-        self, images: Tensor, epoch: int, step: int, share: slice, n_total: int
-    ) -> Tensor:
+    def _augment(self, images: Tensor, epoch: int, step: int, share: slice, n_total: int) -> Tensor:
         p = self.parameters
         if p.flip:
             rng = np.random.default_rng(stream_seed(p.seed, FLIPS, epoch, step))

@@ -12,6 +12,7 @@ import datetime
 import hashlib
 import os
 import pickle
+import pkgutil
 import socket
 import tempfile
 import time
@@ -33,6 +34,7 @@ from dask.system import CPU_COUNT
 from distributed import Client, Future, LocalCluster, Nanny, Scheduler, SpecCluster, get_worker
 from distributed import wait as wait_for_futures
 
+import gan_lib
 from gan_lib.errors import ClusterError, RunError
 from gan_lib.images import resolve_source
 from gan_lib.manifest import manifest_text
@@ -570,16 +572,10 @@ def package_checksum() -> str:
 
 
 def _module_names() -> list[str]:
-    import pkgutil
-
-    import gan_lib
-
-    return sorted(module.name for module in pkgutil.iter_modules(gan_lib.__path__)) + ["__init__"]
+    return ["__init__", *sorted(m.name for m in pkgutil.iter_modules(gan_lib.__path__))]
 
 
 def _module_source(name: str) -> bytes:
-    import gan_lib
-
     return gan_lib.__spec__.loader.get_data(os.path.join(gan_lib.__path__[0], f"{name}.py"))
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
@@ -232,7 +232,9 @@ def _from_files(
         ProgressBar(len(files.paths), "reading", "image", show=progress) as bar,
     ):
         for chunk in _fetched(files):
-            decoded = pool.map(lambda item: _decode_or_reason(item, image_size, channels, crop), chunk)
+            decoded = pool.map(
+                lambda item: _decode_or_reason(item, image_size, channels, crop), chunk
+            )
             for (path, _), result in zip(chunk, decoded, strict=True):
                 if isinstance(result, str):
                     skipped.append((files.url(path), result))
@@ -331,7 +333,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     A pickle can call any function it names; this one can only name what an array needs.
     """
 
-    _ALLOWED = {
+    _ALLOWED: ClassVar = {
         # Where NumPy keeps it differs between its versions; the array itself knows.
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
         ("numpy", "ndarray"): np.ndarray,

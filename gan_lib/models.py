@@ -10,6 +10,8 @@ Both classes are ordinary modules that know nothing of ranks or clusters.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -43,14 +45,16 @@ class Generator(nn.Module):
             nn.BatchNorm2d(widths[0]),
             nn.ReLU(inplace=True),
         ]
-        for c_in, c_out in zip(widths, widths[1:], strict=False):
+        for c_in, c_out in pairwise(widths):
             layers += [
                 nn.ConvTranspose2d(c_in, c_out, kernel_size=4, stride=2, padding=1, bias=False),
                 nn.BatchNorm2d(c_out),
                 nn.ReLU(inplace=True),
             ]
         layers += [
-            nn.ConvTranspose2d(widths[-1], channels, kernel_size=4, stride=2, padding=1, bias=False),
+            nn.ConvTranspose2d(
+                widths[-1], channels, kernel_size=4, stride=2, padding=1, bias=False
+            ),
             nn.Tanh(),
         ]
         self.layers = nn.Sequential(*layers)
@@ -79,7 +83,7 @@ class Discriminator(nn.Module):
             nn.Conv2d(channels, widths[0], kernel_size=4, stride=2, padding=1, bias=False),
             nn.LeakyReLU(0.2, inplace=True),
         ]
-        for c_in, c_out in zip(widths, widths[1:], strict=False):
+        for c_in, c_out in pairwise(widths):
             layers += [
                 nn.Conv2d(c_in, c_out, kernel_size=4, stride=2, padding=1, bias=False),
                 nn.BatchNorm2d(c_out),

@@ -9,11 +9,13 @@ from __future__ import annotations
 import inspect
 import io
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from IPython.display import Code
 from IPython.display import Image as DisplayImage
 from matplotlib.axes import Axes
@@ -37,7 +39,8 @@ INCHES_PER_IMAGE = 0.7
 
 def show_source(*things: Any) -> Code:
     """The source of functions or classes, highlighted: the real code, not a copy of it."""
-    return Code("\n\n".join(inspect.getsource(thing).rstrip() for thing in things), language="python")
+    source = "\n\n\n".join(inspect.getsource(thing).rstrip() for thing in things)
+    return Code(source, language="python")
 
 
 def plot_images(
@@ -81,7 +84,7 @@ def plot_real_and_generated(real: np.ndarray, generated: np.ndarray) -> Figure:
 def plot_images_per_class(images: ImageSet) -> Figure:
     """How many images each class has."""
     counts = images.images_per_class()
-    figure, axes = _figure(figsize=(max(4.0, 0.12 * len(counts) + 3), 3.2))
+    _, axes = _figure(figsize=(max(4.0, 0.12 * len(counts) + 3), 3.2))
     axes.bar(range(len(counts)), list(counts.values()))
     if len(counts) <= 20:
         axes.set_xticks(range(len(counts)), list(counts), rotation=30, ha="right")
@@ -106,9 +109,7 @@ def plot_without_denormalising(images: np.ndarray) -> Figure:
     return figure
 
 
-def plot_samples(
-    run: Run, epochs: Sequence[int] | None = None, denormalise: bool = True
-) -> Figure:
+def plot_samples(run: Run, epochs: Sequence[int] | None = None, denormalise: bool = True) -> Figure:
     """The same latent vectors after several epochs.
 
     Args:
@@ -172,7 +173,7 @@ def plot_comparison(
 
 def plot_bars(values: Mapping[str, float], title: str, unit: str) -> Figure:
     """A bar for each name, with its value on it."""
-    figure, axes = _figure(figsize=(1.5 + 1.6 * len(values), 3.4))
+    _, axes = _figure(figsize=(1.5 + 1.6 * len(values), 3.4))
     bars = axes.bar(list(values), list(values.values()), width=0.6)
     axes.bar_label(bars, fmt="{:,.0f}")
     axes.margins(y=0.15)
@@ -220,9 +221,7 @@ def animate_samples(run: Run, frames: int = 40, width: int = 384) -> DisplayImag
     return DisplayImage(data=gif_bytes(list(pictures.values()), width), format="gif")
 
 
-def latent_walk(
-    generator: Generator, stops: int = 4, steps: int = 8, seed: int = 0
-) -> np.ndarray:
+def latent_walk(generator: Generator, stops: int = 4, steps: int = 8, seed: int = 0) -> np.ndarray:
     """Images on the way between random latent vectors.
 
     The way follows the sphere (slerp): Gaussian vectors of length nz have nearly
@@ -235,11 +234,9 @@ def latent_walk(
     points = latent_vectors(stops, generator.nz, seed).numpy()
     way = [
         _slerp(a, b, t)
-        for a, b in zip(points, points[1:], strict=False)
+        for a, b in pairwise(points)
         for t in np.linspace(0, 1, steps, endpoint=True)
     ]
-    import torch
-
     return render(generator, torch.from_numpy(np.stack(way)))
 
 
@@ -259,9 +256,7 @@ def gif_bytes(frames: Sequence[np.ndarray], width: int, milliseconds: int = 120)
     # The last frame is the result: let it stand a while.
     durations = [milliseconds] * (len(pages) - 1) + [12 * milliseconds]
     buffer = io.BytesIO()
-    pages[0].save(
-        buffer, "gif", save_all=True, append_images=pages[1:], duration=durations, loop=0
-    )
+    pages[0].save(buffer, "gif", save_all=True, append_images=pages[1:], duration=durations, loop=0)
     return buffer.getvalue()
 
 

@@ -138,8 +138,7 @@ def create_run(url: str, parameters: TrainingParameters) -> RunWriter:
     try:
         if writer.exists(PARAMETERS):
             raise RunError(
-                f"{url} already holds a run: choose another place, "
-                "or go on with it by resume=True"
+                f"{url} already holds a run: choose another place, or go on with it by resume=True"
             )
         writer.submit_result(PARAMETERS, json.dumps({"parameters": parameters.to_dict()}, indent=2))
         writer.set_status("waiting")
@@ -200,9 +199,7 @@ class Run:
         try:
             return json.loads(self._fs.cat_file(f"{self._root}/{PARAMETERS}"))
         except FileNotFoundError:
-            raise RunError(
-                f"no run lives at {self.url}: it holds no {PARAMETERS}"
-            ) from None
+            raise RunError(f"no run lives at {self.url}: it holds no {PARAMETERS}") from None
         except ValueError as error:
             raise RunError(f"{self.url}/{PARAMETERS} is damaged: {error}") from None
 
@@ -337,7 +334,8 @@ def tensorboard_events(records: list[dict[str, Any]]) -> bytes:
 
     buffer = io.BytesIO()
     writer = RecordWriter(buffer)
-    writer.write(Event(wall_time=records[0]["time"], file_version="brain.Event:2").SerializeToString())
+    header = Event(wall_time=records[0]["time"], file_version="brain.Event:2")
+    writer.write(header.SerializeToString())
     for record in records:
         values = [Summary.Value(tag=name, simple_value=record[name]) for name in LOSSES]
         event = Event(

@@ -1,0 +1,55 @@
+"""python -m gan_lib: run the notebooks without opening them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from gan_lib.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 if a notebook failed, 2 for a mistake in what was asked."""
+    parser = argparse.ArgumentParser(prog="python -m gan_lib", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="execute the series, or some of its notebooks")
+    run.add_argument("notebooks", nargs="*", help="such as 04 or 05_results; none means all")
+    run.add_argument("--profile", default="quick", help="a name in profiles/, or a YAML file")
+    run.add_argument(
+        "-p",
+        "--parameter",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a parameter, stronger than the profile; may be given again",
+    )
+    run.add_argument("--out", help="folder for the executed notebooks; default: a new one")
+    options = parser.parse_args(arguments)
+
+    # After the arguments are read: a typing mistake should not wait for torch.
+    from gan_lib.notebooks import NotebookError, run_notebooks
+
+    try:
+        done = run_notebooks(
+            options.notebooks, options.profile, dict(options.parameter), options.out
+        )
+    except NotebookError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was executed is kept", file=sys.stderr)
+        return 130
+    print(f"executed notebooks, with an HTML of each: {done.folder}")
+    print(f"pictures:                                 {done.folder / 'pictures'}")
+    if done.run is not None:
+        print(f"run directory:                            {done.run}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
