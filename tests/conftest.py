@@ -1,0 +1,118 @@
+"""What the tests share: a real cluster of two processes, real images, a real S3 server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import Client
+
+from gan_lib import results
+from gan_lib.cluster import close_cluster, start_cluster
+from gan_lib.images import ImageSet, prepare_images
+from gan_lib.parameters import TrainingParameters
+
+# Lines in place of bars: the tests' output is a log.
+os.environ["GAN_LIB_HEADLESS"] = "1"
+# The ranks of the cluster and the tests themselves share the cores.
+torch.set_num_threads(1)
+
+CHECKOUT = Path(__file__).parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        skip = pytest.mark.skip(reason="takes minutes: make test-all")
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> TrainingParameters:
+    """A training of seconds: 96 silhouettes of 16 pixels, 3 steps an epoch."""
+    return TrainingParameters(
+        image_size=16,
+        channels=1,
+        max_images=96,
+        nz=16,
+        ngf=8,
+        ndf=8,
+        epochs=4,
+        batch_size=32,
+        record_every=1,
+        checkpoint_every=2,
+        n_samples=16,
+    )
+
+
+@pytest.fixture(scope="session")
+def silhouettes() -> ImageSet:
+    return prepare_images("dog-silhouettes", 16, channels=1, max_images=96)
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[Client]:
+    client = start_cluster(2, device="cpu")
+    yield client
+    close_cluster(client)
+
+
+@pytest.fixture
+def own_client() -> Iterator[Client]:
+    """A cluster for a test that breaks it."""
+    client = start_cluster(2, device="cpu")
+    yield client
+    close_cluster(client)
+
+
+@pytest.fixture(autouse=True)
+def runs_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without a place of their own go to the test's folder, not into the checkout."""
+    monkeypatch.setattr(results, "RUNS", str(tmp_path / "runs"))
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A bucket of a real S3 server on this machine, as an s3:// URL."""
+    folder = tmp_path_factory.mktemp("s3")
+    (folder / "bucket").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    rclone = shutil.which("rclone", path=os.path.dirname(sys.executable)) or "rclone"
+    command = [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", "key,secret"]
+    environment = {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    # In the environment, and not in the URL: the cluster's workers inherit it.
+    patch = pytest.MonkeyPatch()
+    for name, value in environment.items():
+        patch.setenv(name, value)
+    server = subprocess.Popen([*command, str(folder)], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with socket.socket() as knock:
+                if knock.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield "s3://bucket"
+    finally:
+        server.terminate()
+        server.wait()
+        patch.undo()

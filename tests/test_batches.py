@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from gan_lib.batches import Batches, denormalise, epoch_shares, normalise
+from gan_lib.errors import ParameterError
+from gan_lib.images import ImageSet
+from gan_lib.parameters import TrainingParameters
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("n_images", [21, 96, 1000])
+def test_shares_are_disjoint_and_complete(n_images: int, world_size: int) -> None:
+    shares = epoch_shares(n_images, 16, world_size, seed=0, epoch=1)
+    seen = np.concatenate([share for step in shares for share in step])
+    assert len(seen) == n_images
+    assert set(seen) == set(range(n_images))
+    sizes = [sum(map(len, step)) for step in shares]
+    assert max(sizes) <= 16
+    assert max(sizes) - min(sizes) <= 1
+    assert min(len(share) for step in shares for share in step) >= 1
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    def flat(seed: int, epoch: int, world_size: int) -> list[int]:
+        shares = epoch_shares(100, 16, world_size, seed, epoch)
+        return [i for step in shares for share in step for i in share]
+
+    assert flat(0, 1, 2) == flat(0, 1, 2)
+    assert flat(0, 1, 2) != flat(0, 2, 2)
+    assert flat(0, 1, 2) != flat(1, 1, 2)
+    # The same images meet in the same step, however many ranks share it.
+    assert flat(0, 1, 2) == flat(0, 1, 3) == flat(0, 1, 1)
+
+
+def test_too_few_images_for_the_ranks() -> None:
+    with pytest.raises(ParameterError, match=r"batch_size 2 .* 4 ranks"):
+        epoch_shares(100, 2, 4, seed=0, epoch=1)
+
+
+def test_normalising_is_undone_exactly() -> None:
+    values = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(denormalise(normalise(values)), values)
+    assert normalise(values).min() == -1
+    assert normalise(values).max() == 1
+
+
+def test_ranks_see_what_one_rank_sees(silhouettes: ImageSet, tiny: TrainingParameters) -> None:
+    p = tiny.replace(flip=True, batch_size=31)
+    alone = list(Batches(silhouettes, p).epoch(1))
+    first = list(Batches(silhouettes, p, rank=0, world_size=2).epoch(1))
+    second = list(Batches(silhouettes, p, rank=1, world_size=2).epoch(1))
+    assert len(alone) == len(first) == len(second) == 4
+    for one, a, b in zip(alone, first, second, strict=True):
+        assert torch.equal(one.images, torch.cat([a.images, b.images]))
+        assert (a.share.stop, b.share.stop) == (b.share.start, one.n_total)
+        assert a.weight + b.weight == pytest.approx(2.0)
+        assert one.weight == 1.0
+
+
+def test_flips_mirror_about_half_of_the_images() -> None:
+    pixels = np.zeros((400, 16, 16, 1), np.uint8)
+    pixels[:, :, :8] = 255
+    halves = ImageSet(pixels, np.zeros(400, np.int64), ("half",))
+    p = TrainingParameters(image_size=16, channels=1, batch_size=400)
+    batch = next(iter(Batches(halves, p).epoch(1)))
+    light_left = (batch.images[:, 0, 0, 0] > 0).float().mean().item()
+    assert 0.4 < light_left < 0.6
+    plain = next(iter(Batches(halves, p.replace(flip=False)).epoch(1)))
+    assert (plain.images[:, 0, 0, 0] == 1).all()
+
+
+def test_noise_has_the_strength_that_was_asked_for() -> None:
+    grey = ImageSet(np.full((64, 16, 16, 1), 127, np.uint8), np.zeros(64, np.int64), ("grey",))
+    p = TrainingParameters(image_size=16, channels=1, batch_size=64, noise=0.1)
+    noisy = next(iter(Batches(grey, p).epoch(1))).images
+    assert noisy.std().item() == pytest.approx(0.1, rel=0.05)
+    again = next(iter(Batches(grey, p).epoch(1))).images
+    assert torch.equal(noisy, again)

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from dask_pytorch_ddp import dispatch
+from distributed import Client
+
+from gan_lib.cluster import close_cluster, connect, launch, package_checksum, run_ranks
+from gan_lib.cluster import start_cluster as start
+from gan_lib.errors import ClusterError, ParameterError, RunError, SourceError
+from gan_lib.parameters import TrainingParameters
+from gan_lib.results import open_run
+from gan_lib.training import train_gan
+
+
+def test_launch_trains_equal_replicas(
+    client: Client, tiny: TrainingParameters, tmp_path: Path
+) -> None:
+    job = launch(client, tiny, run=str(tmp_path / "run"))
+    job.watch()
+    first, second = job.result()
+    assert job.status == "finished"
+    assert [r.rank for r in (first, second)] == [0, 1]
+    assert first.world_size == 2
+    assert first.weights_sha256 == second.weights_sha256
+    run = open_run(str(tmp_path / "run"))
+    assert run.info()["world_size"] == 2
+    assert run.info()["backend"] == "gloo"
+    assert run.records()["iteration"].tolist() == list(range(1, 13))
+    assert run.generate(5).shape == (5, 16, 16, 1)
+
+
+def test_launch_returns_at_once_and_can_be_stopped(
+    client: Client, tiny: TrainingParameters, tmp_path: Path
+) -> None:
+    place = str(tmp_path / "run")
+    job = launch(client, tiny.replace(epochs=100_000, keep_checkpoints=1), run=place)
+    assert job.status in ("waiting", "training")
+    deadline = time.monotonic() + 60
+    while not job.run.epochs("records") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    job.stop()
+    assert job.result(timeout=60)[0].stopped
+    assert job.status == "stopped"
+    done = job.run.epochs("records")[-1]
+    assert sorted(job.run.checkpoints()) == [done]
+    again = launch(client, tiny.replace(epochs=done + 1), run=place, resume=True)
+    assert again.result(timeout=60)[0].epochs == 1
+    assert job.run.records()["iteration"].tolist() == list(range(1, 3 * (done + 1) + 1))
+
+
+def test_resume_on_two_ranks_is_bit_identical(
+    client: Client, tiny: TrainingParameters, tmp_path: Path
+) -> None:
+    whole = launch(client, tiny, run=str(tmp_path / "whole")).result()
+    half = str(tmp_path / "half")
+    launch(client, tiny.replace(epochs=2), run=half).result()
+    rest = launch(client, tiny, run=half, resume=True).result()
+    assert rest[0].epochs == 2
+    assert rest[1].weights_sha256 == whole[0].weights_sha256
+
+
+def test_dispatch_run_as_in_the_article(client: Client, tiny: TrainingParameters) -> None:
+    parameters = tiny.to_dict()  # a dictionary of parameters can be passed to the job
+    futures = dispatch.run(client, train_gan, parameters=parameters, backend="gloo", pure=False)
+    first, second = client.gather(futures)
+    assert first.weights_sha256 == second.weights_sha256
+    assert [r["iteration"] for r in first.records] == list(range(1, 13))
+
+
+def test_equal_launches_both_train(client: Client, tiny: TrainingParameters) -> None:
+    jobs = [launch(client, tiny.replace(epochs=1)) for _ in range(2)]
+    results = [job.result() for job in jobs]
+    assert jobs[0].run.url != jobs[1].run.url
+    assert all(job.run.epochs("records") == [1] for job in jobs)
+    assert results[0][0].weights_sha256 == results[1][0].weights_sha256
+
+
+def fails_on_rank_1() -> None:
+    import torch.distributed as dist
+
+    if dist.get_rank() == 1:
+        raise ArithmeticError("the cause")
+    dist.all_reduce(torch.ones(1))
+
+
+def test_the_first_error_is_shown_with_its_traceback(client: Client) -> None:
+    for _ in range(3):
+        with pytest.raises(ArithmeticError, match="the cause") as caught:
+            run_ranks(client, fails_on_rank_1)
+        assert any("rank 1 of 2" in note for note in caught.value.__notes__)
+        assert any(entry.name == "fails_on_rank_1" for entry in caught.traceback)
+
+
+def test_a_failed_launch_says_so(client: Client, tiny: TrainingParameters, tmp_path: Path) -> None:
+    job = launch(client, tiny.replace(source=str(tmp_path / "nowhere")))
+    with pytest.raises(SourceError, match="nowhere"):
+        job.watch()
+    assert job.status == "failed"
+    assert "nowhere" in job.run.status().error
+    # The workers are free again.
+    assert launch(client, tiny.replace(epochs=1)).result()[0].epochs == 1
+
+
+def test_too_small_batches_for_the_ranks(client: Client, tiny: TrainingParameters) -> None:
+    with pytest.raises(ParameterError, match="batch_size 1 "):
+        launch(client, tiny.replace(batch_size=1)).result()
+
+
+def test_a_killed_worker_is_named(own_client: Client, tiny: TrainingParameters) -> None:
+    job = launch(own_client, tiny.replace(epochs=100_000))
+    deadline = time.monotonic() + 60
+    while not job.run.epochs("records") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    pids = own_client.run(os.getpid)
+    os.kill(pids[job.workers[1]], signal.SIGKILL)
+    with pytest.raises(ClusterError, match=r"worker process of rank 1 .* is gone"):
+        job.result(timeout=60)
+    assert job.status == "failed"
+
+
+def test_wrong_calls_are_refused_before_any_work(
+    client: Client, tiny: TrainingParameters, tmp_path: Path
+) -> None:
+    with pytest.raises(ParameterError, match="lr_g"):
+        launch(client, {"lrg": 0.1})
+    with pytest.raises(ClusterError, match="2 workers and 3 are needed"):
+        launch(client, tiny, n_workers=3)
+    launch(client, tiny.replace(epochs=1), run=str(tmp_path / "run")).result()
+    with pytest.raises(RunError, match="already holds a run"):
+        launch(client, tiny, run=str(tmp_path / "run"))
+    with pytest.raises(RunError, match="no run lives"):
+        launch(client, tiny, run=str(tmp_path / "nowhere"), resume=True)
+    with pytest.raises(ClusterError, match="n_workers is 0"):
+        start(0)
+
+
+def test_nothing_listens_beyond_this_machine(
+    own_client: Client, tiny: TrainingParameters
+) -> None:
+    job = launch(own_client, tiny.replace(epochs=100_000))
+    deadline = time.monotonic() + 60
+    while not job.run.epochs("records") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    found = [
+        connection.laddr
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    job.stop()
+    job.result(timeout=60)
+    assert len(found) >= 4  # scheduler, dashboard, two workers
+    assert {address.ip for address in found} <= {"127.0.0.1", "::1"}
+
+
+def test_where_no_scheduler_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        free = probe.getsockname()[1]
+    with pytest.raises(ClusterError, match=f"127.0.0.1:{free}"):
+        connect(f"tcp://127.0.0.1:{free}")
+    with pytest.raises(ClusterError, match="nonsense"):
+        connect("nonsense://")
+
+
+@contextlib.contextmanager
+def foreign_cluster(folder: Path) -> Iterator[str]:
+    """A scheduler and two workers that were started without gan_lib; yields the address."""
+    # -S leaves out the .pth file through which the checkout is installed.
+    paths = [p for p in sys.path if p.endswith("site-packages")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    python = [sys.executable, "-S", "-m", "distributed.cli"]
+    scheduler_file = folder / "scheduler.json"
+    common = ["--scheduler-file", str(scheduler_file)]
+    scheduler = ["dask_scheduler", "--host", "127.0.0.1", "--no-dashboard", "--port", "0"]
+    worker = ["dask_worker", "--host", "127.0.0.1", "--no-dashboard", "--nthreads", "1"]
+    processes = []
+    try:
+        for name, *options in (scheduler, worker, worker):
+            command = [*python[:-1], f"{python[-1]}.{name}", *common, *options]
+            if name == "dask_worker":
+                command += ["--no-nanny", "--local-directory", str(folder)]
+            processes.append(
+                subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.DEVNULL)
+            )
+        deadline = time.monotonic() + 60
+        while not scheduler_file.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        yield json.loads(scheduler_file.read_text())["address"]
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait(timeout=30)
+
+
+def test_a_cluster_without_gan_lib_gets_it(tiny: TrainingParameters, tmp_path: Path) -> None:
+    with foreign_cluster(tmp_path) as address:
+        with Client(address) as plain:
+            plain.wait_for_workers(2, timeout=60)
+            code = "__import__('importlib.util').util.find_spec('gan_lib') is None"
+            assert set(plain.run(eval, code).values()) == {True}
+        client = connect(address)
+        try:
+            job = launch(client, tiny.replace(epochs=1), run=str(tmp_path / "run"))
+            assert len(job.result(timeout=120)) == 2
+            origins = set(client.run(eval, "__import__('gan_lib').__file__").values())
+            assert all(".zip" in origin for origin in origins)
+            assert set(client.run(package_checksum).values()) == {package_checksum()}
+        finally:
+            close_cluster(client)
+        # Closing our client leaves the cluster to its owner.
+        with Client(address) as plain:
+            assert len(plain.scheduler_info(n_workers=-1)["workers"]) == 2

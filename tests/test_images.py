@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gan_lib import images, manifest
+from gan_lib.errors import SourceError
+from gan_lib.images import check_source, decode_image, prepare_images
+
+
+def save(path: Path, pixels: np.ndarray | Image.Image, **options: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(path, **options)
+
+
+def gradient(height: int, width: int) -> np.ndarray:
+    """Dark on the left, light on the right."""
+    return np.repeat(np.linspace(0, 255, width)[None].astype(np.uint8), height, axis=0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(tmp_path / "dogs" / "beagle" / "a.png", gradient(40, 60))
+    save(tmp_path / "dogs" / "beagle" / "b.jpg", gradient(60, 40))
+    save(tmp_path / "dogs" / "spaniel" / "ü 犬 🐕.png", gradient(16, 16))
+    return tmp_path / "dogs"
+
+
+def test_embedded_silhouettes() -> None:
+    dogs = prepare_images("dog-silhouettes", 32, channels=1)
+    assert dogs.pixels.shape == (1000, 32, 32, 1)
+    assert dogs.pixels.dtype == np.uint8
+    assert dogs.classes == ("dog",)
+    assert dogs.skipped == ()
+    # White animals on black: both are there.
+    assert dogs.pixels.min() == 0
+    assert dogs.pixels.max() == 255
+    rgb = prepare_images("dog-silhouettes", 32, channels=3, max_images=10)
+    assert rgb.pixels.shape == (10, 32, 32, 3)
+
+
+def test_folder_of_class_folders(folder: Path) -> None:
+    dogs = prepare_images(str(folder), 16, channels=3)
+    assert dogs.pixels.shape == (3, 16, 16, 3)
+    assert dogs.classes == ("beagle", "spaniel")
+    assert dogs.images_per_class() == {"beagle": 2, "spaniel": 1}
+    assert dogs.skipped == ()
+
+
+def test_flat_folder_is_one_class(tmp_path: Path) -> None:
+    save(tmp_path / "mine" / "a.png", gradient(16, 16))
+    assert prepare_images(str(tmp_path / "mine"), 16).classes == ("mine",)
+
+
+def test_what_is_not_an_image_is_skipped_with_its_reason(folder: Path) -> None:
+    (folder / "beagle" / "notes.jpg").write_text("not a picture")
+    (folder / "beagle" / "empty.png").write_bytes(b"")
+    whole = (folder / "beagle" / "b.jpg").read_bytes()
+    (folder / "beagle" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    dogs = prepare_images(str(folder), 16)
+    assert len(dogs) == 3
+    reasons = {url.rsplit("/", 1)[1]: reason for url, reason in dogs.skipped}
+    assert reasons["notes.jpg"] == "not an image"
+    assert reasons["empty.png"] == "the file is empty"
+    assert "truncated" in reasons["cut.jpg"].lower()
+
+
+def test_proportions_are_kept_by_cutting(tmp_path: Path) -> None:
+    wide = np.zeros((20, 60), np.uint8)
+    wide[:, 15:45] = 255  # the middle is white, and all that a centre crop sees
+    save(tmp_path / "wide.png", wide)
+    data = (tmp_path / "wide.png").read_bytes()
+    assert decode_image(data, 16, 1, "center").min() == 255
+    assert decode_image(data, 16, 1, "squash").min() == 0
+
+
+def test_photographs_are_turned_upright(tmp_path: Path) -> None:
+    image = Image.fromarray(gradient(32, 32))
+    exif = image.getexif()
+    exif[0x0112] = 3  # upside down: left and right change places
+    save(tmp_path / "turned.jpg", image, exif=exif)
+    pixels = decode_image((tmp_path / "turned.jpg").read_bytes(), 16, 1)
+    assert pixels[:, 0].mean() > 200 > 50 > pixels[:, -1].mean()
+
+
+def test_colour_modes_mean_the_same(tmp_path: Path) -> None:
+    grey = gradient(32, 32)
+    expected = decode_image(_bytes(tmp_path, Image.fromarray(grey), "png"), 16, 1).astype(int)
+    clear = Image.fromarray(np.stack([np.zeros_like(grey), 255 - grey], axis=-1), "LA")
+    variants = {
+        "rgb": _bytes(tmp_path, Image.fromarray(grey).convert("RGB"), "png"),
+        "palette": _bytes(tmp_path, Image.fromarray(grey).convert("P"), "png"),
+        "cmyk": _bytes(tmp_path, Image.fromarray(grey).convert("RGB").convert("CMYK"), "tiff"),
+        "16 bits": _bytes(tmp_path, Image.fromarray(grey.astype(np.uint16) * 257), "png"),
+        "alpha on white": _bytes(tmp_path, clear, "png"),
+    }
+    for name, data in variants.items():
+        found = decode_image(data, 16, 1).astype(int)
+        assert np.abs(found - expected).max() <= 2, name
+
+
+def _bytes(folder: Path, image: Image.Image, ending: str) -> bytes:
+    path = folder / f"variant.{ending}"
+    image.save(path)
+    return path.read_bytes()
+
+
+def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    save(tmp_path / "bomb" / "a.png", gradient(40, 40))
+    with pytest.raises(SourceError, match="none of the 1 files"):
+        prepare_images(str(tmp_path / "bomb"), 16)
+
+
+def test_max_images_are_spread_over_the_classes(tmp_path: Path) -> None:
+    for name in "abcd":
+        for i in range(5):
+            save(tmp_path / "many" / name / f"{i}.png", gradient(16, 16))
+    some = prepare_images(str(tmp_path / "many"), 16, max_images=8)
+    assert list(some.images_per_class().values()) == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("call", [check_source, lambda source: prepare_images(source, 16)])
+def test_missing_and_empty_sources_are_named(call: object, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"nowhere.*does not exist.*dog-silhouettes"):
+        call(str(tmp_path / "nowhere"))  # type: ignore[operator]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match="empty"):
+        call(str(tmp_path / "empty"))  # type: ignore[operator]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "texts" / "b.csv").write_text("b")
+    with pytest.raises(SourceError, match=r"none of the 2 files.*\.txt"):
+        call(str(tmp_path / "texts"))  # type: ignore[operator]
+    with pytest.raises(SourceError, match="is a file"):
+        call(str(tmp_path / "texts" / "a.txt"))  # type: ignore[operator]
+
+
+def test_images_from_s3(folder: Path, s3: str) -> None:
+    import fsspec
+
+    fs = fsspec.filesystem("s3")
+    fs.put(f"{folder}/", f"{s3}/dogs/", recursive=True)
+    there, here = prepare_images(f"{s3}/dogs", 16), prepare_images(str(folder), 16)
+    assert there.classes == here.classes
+    np.testing.assert_array_equal(there.pixels, here.pixels)
+
+
+def test_only_arrays_are_unpickled() -> None:
+    class Attack:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return print, ("run by a pickle",)
+
+    with pytest.raises(pickle.UnpicklingError, match="not part of an array"):
+        images._ArrayUnpickler(__import__("io").BytesIO(pickle.dumps(Attack()))).load()
+
+
+def test_package_data_with_another_checksum_are_refused() -> None:
+    part = manifest.sources()["dog-silhouettes"]["package"]["labels"]
+    with pytest.raises(SourceError, match="SHA-256"):
+        manifest.package_file("animal-shape-mnist", part["path"], "0" * 64)
+    with pytest.raises(SourceError, match="pip install no-such-package"):
+        manifest.package_file("no-such-package", part["path"], "0" * 64)
+
+
+def test_manifest_counts_add_up() -> None:
+    for entry in manifest.sources().values():
+        assert sum(entry["classes"].values()) == entry["images"]
+    dogs = manifest.sources()["stanford-dogs"]
+    assert (dogs["images"], len(dogs["classes"])) == (20_580, 120)

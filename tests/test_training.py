@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import Client
+from torch import nn
+
+from gan_lib.cluster import run_ranks
+from gan_lib.errors import DivergenceError, ParameterError, RunError
+from gan_lib.images import ImageSet
+from gan_lib.models import Discriminator, Generator, latent_vectors
+from gan_lib.parameters import TrainingParameters
+from gan_lib.results import open_run
+from gan_lib.training import (
+    discriminator_step,
+    distribute,
+    gan_loss,
+    generator_step,
+    train_gan,
+)
+
+
+def test_gan_loss_is_the_published_one() -> None:
+    scores = torch.tensor([-1.5, 0.3, 2.0])
+    d = torch.sigmoid(scores)
+    assert gan_loss(scores, 1.0).item() == pytest.approx(-d.log().mean().item())
+    assert gan_loss(scores, 0.0).item() == pytest.approx(-(1 - d).log().mean().item())
+    # With label 0.5 no score does better than log 2.
+    assert gan_loss(torch.zeros(3), 0.5).item() == pytest.approx(math.log(2))
+
+
+def test_each_step_teaches_one_network_only() -> None:
+    torch.manual_seed(0)
+    g, d = Generator(16, 1, nz=8, ngf=4), Discriminator(16, 1, ndf=4)
+    optimizer_g, optimizer_d = (torch.optim.Adam(m.parameters()) for m in (g, d))
+    real, fake = torch.randn(8, 1, 16, 16), g(torch.randn(8, 8))
+
+    before = _weights(g), _weights(d)
+    losses = discriminator_step(d, optimizer_d, real, fake)
+    assert losses["loss_d"] == losses["loss_d_real"] + losses["loss_d_fake"]
+    assert torch.equal(_weights(g), before[0])
+    assert not torch.equal(_weights(d), before[1])
+    assert all(p.grad is None for p in g.parameters())
+
+    before = _weights(g), _weights(d)
+    for p in d.parameters():
+        p.grad = None
+    generator_step(d, optimizer_g, fake)
+    assert not torch.equal(_weights(g), before[0])
+    assert torch.equal(_weights(d), before[1])
+    # Frozen: no work is spent on gradients that nobody uses.
+    assert all(p.grad is None for p in d.parameters())
+
+
+def _weights(module: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()]).clone()
+
+
+def _without_batchnorm(module: nn.Module) -> nn.Module:
+    """BatchNorm's statistics are those of a rank's own share: without it, ranks must agree."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, nn.Identity())
+        else:
+            _without_batchnorm(child)
+    return module
+
+
+def gradients_of_one_batch(batch: int) -> list[torch.Tensor]:
+    """The gradients of both steps at one global batch, from this rank's share of it."""
+    import torch.distributed as dist
+
+    alone = not dist.is_initialized()
+    rank, world_size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+    torch.manual_seed(0)
+    g = _without_batchnorm(Generator(16, 1, nz=8, ngf=4)).double()
+    d = _without_batchnorm(Discriminator(16, 1, ndf=4)).double()
+    for module in (g, d):
+        for p in module.parameters():
+            p.data.mul_(10)  # at DCGAN's small weights, and without BatchNorm, nothing gets through
+    real = torch.randn(batch, 1, 16, 16, dtype=torch.float64)
+    z = latent_vectors(batch, 8, seed=1).double()
+    if not alone:
+        g, d = distribute(g), distribute(d)
+    mine = torch.arange(batch).tensor_split(world_size)[rank]
+    weight = len(mine) * world_size / batch
+    # A learning rate of 0: the gradients stay, the weights too.
+    optimizer_g, optimizer_d = (torch.optim.SGD(m.parameters(), lr=0.0) for m in (g, d))
+    fake = g(z[mine])
+    discriminator_step(d, optimizer_d, real[mine], fake, weight=weight)
+    found = [p.grad.clone() for p in d.parameters()]
+    generator_step(d, optimizer_g, fake, weight=weight)
+    return found + [p.grad.clone() for p in g.parameters()]
+
+
+@pytest.mark.parametrize("batch", [8, 7])
+def test_two_ranks_have_the_gradient_of_one(client: Client, batch: int) -> None:
+    alone = gradients_of_one_batch(batch)
+    first, second = run_ranks(client, gradients_of_one_batch, batch=batch)
+    assert min(g.abs().max() for g in alone) > 1e-4
+    for one, a, b in zip(alone, first, second, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, one, rtol=1e-4, atol=1e-8)
+
+
+def test_training_in_one_process(tmp_path: Path, tiny: TrainingParameters) -> None:
+    result = train_gan(tiny, run=str(tmp_path / "run"))
+    assert (result.world_size, result.iterations, result.epochs) == (1, 12, 4)
+    assert [r["iteration"] for r in result.records] == list(range(1, 13))
+    assert [r["epoch"] for r in result.records] == [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
+    assert result.generator is not None
+    run = open_run(str(tmp_path / "run"))
+    assert run.parameters == tiny
+    assert run.status().state == "finished"
+    assert run.records()["loss_g"].tolist() == [r["loss_g"] for r in result.records]
+    assert sorted(run.samples()) == [1, 2, 3, 4]
+    assert sorted(run.checkpoints()) == [2, 4]
+
+
+def test_defaults_for_everything(silhouettes: ImageSet) -> None:
+    parameters = {"image_size": 16, "channels": 1, "ngf": 4, "ndf": 4, "epochs": 1}
+    result = train_gan(parameters, images=silhouettes)
+    assert result.iterations == 1
+    assert result.run is None
+
+
+def test_same_seed_same_weights(tiny: TrainingParameters) -> None:
+    first, second = train_gan(tiny), train_gan(tiny)
+    assert first.weights_sha256 == second.weights_sha256
+    assert train_gan(tiny.replace(seed=1)).weights_sha256 != first.weights_sha256
+
+
+def test_recording_less_often(tiny: TrainingParameters) -> None:
+    often, seldom = train_gan(tiny), train_gan(tiny.replace(record_every=5))
+    assert [r["iteration"] for r in seldom.records] == [5, 10]
+    # What is recorded does not change what is trained.
+    assert often.weights_sha256 == seldom.weights_sha256
+    assert often.records[4]["loss_d"] == seldom.records[0]["loss_d"]
+
+
+def test_bfloat16_is_close_to_float32(tiny: TrainingParameters) -> None:
+    exact = train_gan(tiny).records[0]
+    rounded = train_gan(tiny.replace(precision="bfloat16")).records[0]
+    assert rounded["loss_d"] != exact["loss_d"]
+    assert rounded["loss_d"] == pytest.approx(exact["loss_d"], rel=0.02)
+
+
+def test_resume_is_bit_identical(tmp_path: Path, tiny: TrainingParameters) -> None:
+    whole = train_gan(tiny, run=str(tmp_path / "whole"))
+    half = str(tmp_path / "half")
+    train_gan(tiny.replace(epochs=2), run=half)
+    rest = train_gan(tiny, run=half, resume=True)
+    assert (rest.epochs, rest.iterations) == (2, 6)
+    assert rest.weights_sha256 == whole.weights_sha256
+    assert open_run(half).records()["iteration"].tolist() == list(range(1, 13))
+
+
+def test_stop_and_go_on(tmp_path: Path, tiny: TrainingParameters) -> None:
+    place = tmp_path / "run"
+
+    class StopsInSecondEpoch:
+        def submit_result(self, path: str, data: str | bytes) -> None:
+            if path.endswith("epoch_0002.jsonl"):
+                (place / "stop").write_bytes(b"")
+
+    result = train_gan(tiny, run=str(place), results=StopsInSecondEpoch())
+    run = open_run(str(place))
+    assert result.stopped
+    assert run.epochs("records") == [1, 2]
+    assert run.status().state == "stopped"
+    assert 2 in run.checkpoints()
+    again = train_gan(tiny, run=str(place), resume=True)
+    assert not again.stopped
+    assert run.epochs("records") == [1, 2, 3, 4]
+    assert again.weights_sha256 == train_gan(tiny).weights_sha256
+
+
+def test_a_run_is_never_overwritten(tmp_path: Path, tiny: TrainingParameters) -> None:
+    place = str(tmp_path / "run")
+    train_gan(tiny.replace(epochs=1), run=place)
+    before = {p: p.read_bytes() for p in Path(place).rglob("*") if p.is_file()}
+    with pytest.raises(RunError, match="already holds a run"):
+        train_gan(tiny, run=place)
+    assert {p: p.read_bytes() for p in Path(place).rglob("*") if p.is_file()} == before
+
+
+def test_resume_with_other_parameters_is_refused(tmp_path: Path, tiny: TrainingParameters) -> None:
+    place = str(tmp_path / "run")
+    train_gan(tiny.replace(epochs=1), run=place)
+    with pytest.raises(RunError, match=r"lr_g was 0\.0002 and is 0\.1") as caught:
+        train_gan(tiny.replace(lr_g=0.1, nz=8), run=place, resume=True)
+    assert "nz was 16 and is 8" in str(caught.value)
+    with pytest.raises(RunError, match="no run lives"):
+        train_gan(tiny, run=str(tmp_path / "nowhere"), resume=True)
+
+
+def test_old_checkpoints_are_deleted(tmp_path: Path, tiny: TrainingParameters) -> None:
+    place = str(tmp_path / "run")
+    train_gan(tiny.replace(epochs=5, checkpoint_every=1, keep_checkpoints=2), run=place)
+    assert sorted(open_run(place).checkpoints()) == [4, 5]
+
+
+def test_divergence_is_an_error_with_a_cure(tmp_path: Path, tiny: TrainingParameters) -> None:
+    place = str(tmp_path / "run")
+    wild = tiny.replace(lr_g=1e30, lr_d=1e30)
+    with pytest.raises(DivergenceError, match=r"loss_.* is .* at iteration \d+.*lower lr_g"):
+        train_gan(wild, run=place)
+    assert open_run(place).status().state == "failed"
+    assert "diverged" in open_run(place).status().error
+
+
+def test_images_of_another_size_are_refused(
+    silhouettes: ImageSet, tiny: TrainingParameters
+) -> None:
+    with pytest.raises(ParameterError, match="image_size"):
+        train_gan(tiny.replace(image_size=32), images=silhouettes)
+
+
+def test_cuda_without_a_gpu_is_one_sentence(tiny: TrainingParameters) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(ParameterError, match="no GPU"):
+        train_gan(tiny.replace(device="cuda"))
