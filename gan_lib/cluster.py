@@ -44,7 +44,7 @@ from gan_lib.training import train_gan
 from gan_lib.watching import watch_run
 
 LOOPBACK = "127.0.0.1"
-SECONDS_TO_CONNECT = 10
+SECONDS_TO_CONNECT = 5
 # How long the other ranks may take to notice that one has failed.
 SECONDS_TO_FAIL = 10
 
@@ -593,7 +593,7 @@ def _ship_package(client: Client) -> None:
             for name in _module_names():
                 file.writestr(f"gan_lib/{name}.py", _module_source(name))
             file.writestr("gan_lib/data_manifest.json", manifest_text())
-        client.upload_file(archive, load=False)
+        client.upload_file(archive)
     if not _all_have_package(client):
         raise ClusterError(
             "the cluster runs another version of gan_lib: restart its workers, "

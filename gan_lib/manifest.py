@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from gan_lib.errors import SourceError
 
-# Beside the package in a checkout, inside it where it was installed or uploaded to a cluster.
 _PLACES = (
-    Path(__file__).parents[1] / "data_manifest.json",
-    Path(__file__).parent / "data_manifest.json",
+    Path(__file__).parents[1] / "data_manifest.json",  # a checkout
+    Path(__file__).parent / "data_manifest.json",  # the archive that a cluster is sent
+    Path(sys.prefix) / "share" / "gan_lib" / "data_manifest.json",  # an installed wheel
 )
 
 
@@ -37,7 +38,7 @@ def manifest_text() -> str:
         except OSError:
             continue
     raise SourceError(
-        f"data_manifest.json is neither in {_PLACES[0].parent} nor in {_PLACES[1].parent}: "
+        f"data_manifest.json is in none of {', '.join(str(p.parent) for p in _PLACES)}: "
         "install gan_lib again from a complete checkout"
     )
 

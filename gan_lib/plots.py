@@ -237,7 +237,7 @@ def latent_walk(generator: Generator, stops: int = 4, steps: int = 8, seed: int 
         for a, b in pairwise(points)
         for t in np.linspace(0, 1, steps, endpoint=True)
     ]
-    return render(generator, torch.from_numpy(np.stack(way)))
+    return render(generator, torch.from_numpy(np.stack(way)).float())
 
 
 def animate_images(images: np.ndarray, width: int = 192) -> DisplayImage:

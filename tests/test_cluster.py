@@ -200,7 +200,7 @@ def foreign_cluster(folder: Path) -> Iterator[str]:
             time.sleep(0.1)
         yield json.loads(scheduler_file.read_text())["address"]
     finally:
-        for process in processes:
+        for process in reversed(processes):  # the scheduler last, so that workers part in order
             process.terminate()
         for process in processes:
             process.wait(timeout=30)

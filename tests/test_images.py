@@ -110,6 +110,7 @@ def _bytes(folder: Path, image: Image.Image, ending: str) -> bytes:
     return path.read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     save(tmp_path / "bomb" / "a.png", gradient(40, 40))

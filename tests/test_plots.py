@@ -1,0 +1,115 @@
+"""Every plot has a title, named axes where it has axes, and a legend for several lines."""
+
+from __future__ import annotations
+
+import inspect
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from gan_lib import plots
+from gan_lib.batches import epoch_shares
+from gan_lib.images import ImageSet
+from gan_lib.parameters import TrainingParameters
+from gan_lib.results import Run, open_run
+from gan_lib.training import train_gan
+
+
+@pytest.fixture(scope="module")
+def run(tiny: TrainingParameters, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    place = str(tmp_path_factory.mktemp("plots") / "run")
+    train_gan(tiny, run=place)
+    return open_run(place)
+
+
+PLOTS: dict[str, Callable[[Run, ImageSet], Any]] = {
+    "plot_images": lambda run, images: plots.plot_images(images.pixels[:9], "dogs"),
+    "plot_real_and_generated": lambda run, images: plots.plot_real_and_generated(
+        images.pixels, run.generate(16)
+    ),
+    "plot_images_per_class": lambda run, images: plots.plot_images_per_class(images),
+    "plot_pixel_values": lambda run, images: plots.plot_pixel_values(images.pixels),
+    "plot_without_denormalising": lambda run, images: plots.plot_without_denormalising(
+        images.pixels[:16]
+    ),
+    "plot_samples": lambda run, images: plots.plot_samples(run, [1, 4], denormalise=False),
+    "plot_losses": lambda run, images: plots.plot_losses(run.records(), [2, 3], smooth=2),
+    "plot_comparison": lambda run, images: plots.plot_comparison(
+        {"one": run.records(), "other": run.records()}
+    ),
+    "plot_bars": lambda run, images: plots.plot_bars({"a": 1.0, "b": 2.0}, "speed", "images/s"),
+    "plot_shares": lambda run, images: plots.plot_shares(epoch_shares(96, 32, 2, 0, 1), "shares"),
+    "plot_progress": lambda run, images: plots.plot_progress(run),
+}
+
+
+def test_every_plot_is_tested() -> None:
+    public = {name for name, _ in inspect.getmembers(plots, inspect.isfunction)}
+    assert {name for name in public if name.startswith("plot_")} == set(PLOTS)
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_titles_axes_and_legends(name: str, run: Run, silhouettes: ImageSet) -> None:
+    figure = PLOTS[name](run, silhouettes)
+    assert isinstance(figure, Figure)
+    figure.savefig(io.BytesIO(), format="png")  # it can be drawn
+    for axes in figure.axes:
+        assert axes.get_title()
+        if axes.axison:
+            assert axes.get_ylabel()
+            # Bars carry their names themselves.
+            assert axes.get_xlabel() or name == "plot_bars"
+        labelled = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+        if len(labelled) > 1 or len(axes.collections) > 1:
+            assert axes.get_legend() is not None
+
+
+def test_losses_of_the_chosen_epochs_only(run: Run) -> None:
+    axes = plots.plot_losses(run.records(), [2]).axes[0]
+    assert "epoch 2" in axes.get_title()
+    assert len(axes.get_lines()) == 4
+    for line in axes.get_lines():
+        assert list(line.get_xdata()) == [4, 5, 6]
+
+
+def test_smoothing_is_a_running_mean(run: Run) -> None:
+    pale, smooth = plots.plot_losses(run.records(), smooth=3, losses=["loss_g"]).axes[0].get_lines()
+    values = np.asarray(pale.get_ydata())
+    assert smooth.get_ydata()[5] == pytest.approx(values[4:7].mean())
+
+
+def test_forgetting_to_denormalise_darkens(silhouettes: ImageSet) -> None:
+    left, right = plots.plot_without_denormalising(silhouettes.pixels[:16]).axes
+    shown = [axes.get_images()[0].get_array().astype(int) for axes in (left, right)]
+    assert (shown[1] <= shown[0]).all()
+    assert shown[1].mean() < shown[0].mean()
+
+
+def test_animation_of_the_samples(run: Run) -> None:
+    gif = Image.open(io.BytesIO(plots.animate_samples(run, frames=3, width=128).data))
+    assert gif.n_frames == 3
+    assert gif.size == (128, 128)
+    assert gif.info["loop"] == 0
+
+
+def test_walk_begins_and_ends_at_latent_vectors(run: Run) -> None:
+    from gan_lib.models import latent_vectors, render
+
+    generator = run.generator()
+    way = plots.latent_walk(generator, stops=3, steps=4, seed=1)
+    ends = render(generator, latent_vectors(3, generator.nz, 1))
+    assert way.shape == (8, 16, 16, 1)
+    for position, end in ((0, 0), (3, 1), (4, 1), (7, 2)):
+        assert np.abs(way[position].astype(int) - ends[end].astype(int)).max() <= 1
+    assert not np.array_equal(way[0], way[1])
+
+
+def test_source_is_shown_as_it_is() -> None:
+    shown = plots.show_source(epoch_shares, ImageSet)
+    assert inspect.getsource(epoch_shares).rstrip() in shown.data
+    assert "class ImageSet" in shown.data

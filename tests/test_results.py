@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dask_pytorch_ddp import dispatch
+from distributed import Client, get_client
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gan_lib.cluster import launch
+from gan_lib.errors import RunError
+from gan_lib.models import render
+from gan_lib.parameters import TrainingParameters
+from gan_lib.results import (
+    LOSSES,
+    DaskResultsHandler,
+    Run,
+    RunWriter,
+    create_run,
+    image_grid,
+    open_run,
+)
+from gan_lib.training import train_gan
+
+
+@pytest.fixture(scope="module")
+def run(tiny: TrainingParameters, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    place = str(tmp_path_factory.mktemp("results") / "run")
+    train_gan(tiny, run=place)
+    return open_run(place)
+
+
+def test_records_have_every_loss_of_every_iteration(run: Run) -> None:
+    records = run.records()
+    assert list(records.columns[:2]) == ["iteration", "epoch"]
+    assert set(LOSSES) <= set(records.columns)
+    assert records["iteration"].tolist() == list(range(1, 13))
+    np.testing.assert_allclose(records["loss_d"], records["loss_d_real"] + records["loss_d_fake"])
+    assert run.records([2, 3])["epoch"].tolist() == [2] * 3 + [3] * 3
+
+
+def test_samples_are_the_same_latent_vectors_every_time(run: Run) -> None:
+    samples = run.samples()
+    assert {picture.shape for picture in samples.values()} == {(64, 64, 1)}
+    from gan_lib.batches import SAMPLES, stream_seed
+    from gan_lib.models import latent_vectors
+
+    z = latent_vectors(16, run.parameters.nz, stream_seed(run.parameters.seed, SAMPLES))
+    np.testing.assert_array_equal(samples[4], image_grid(render(run.generator(4), z)))
+    np.testing.assert_array_equal(samples[2], image_grid(render(run.generator(2), z)))
+    assert not np.array_equal(samples[2], samples[4])
+
+
+def test_new_images(run: Run) -> None:
+    images = run.generate(6, seed=5)
+    assert (images.shape, images.dtype) == ((6, 16, 16, 1), np.uint8)
+    np.testing.assert_array_equal(images, run.generate(6, seed=5))
+    assert not np.array_equal(images, run.generate(6, seed=6))
+
+
+def test_tensorboard_opens_the_records(run: Run) -> None:
+    events = EventAccumulator(f"{run.url}/tensorboard")
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(LOSSES)
+    scalars = events.Scalars("loss_g")
+    assert [event.step for event in scalars] == list(range(1, 13))
+    np.testing.assert_allclose([event.value for event in scalars], run.records()["loss_g"])
+
+
+def test_what_is_missing_is_named(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run lives at"):
+        open_run(str(tmp_path))
+    with pytest.raises(RunError, match="no checkpoint of epoch 3: it keeps epochs 2, 4"):
+        run.generator(3)
+    with pytest.raises(RunError, match="no samples of epoch 9"):
+        run.samples([9])
+    with pytest.raises(RunError, match="train one first"):
+        open_run("latest")
+
+
+def test_a_damaged_checkpoint_is_named(tiny: TrainingParameters, tmp_path: Path) -> None:
+    train_gan(tiny.replace(epochs=1), run=str(tmp_path / "run"))
+    run = open_run(str(tmp_path / "run"))
+    path = Path(run.checkpoints()[1])
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(RunError, match="checkpoint of epoch 1 .* is damaged"):
+        run.generator()
+
+
+def test_latest_is_the_newest(tiny: TrainingParameters, tmp_path: Path) -> None:
+    from gan_lib import results
+
+    for name in ("a", "c", "b"):
+        create_run(f"{results.RUNS}/{name}", tiny)
+    assert open_run("latest").url.endswith("b")
+
+
+def test_files_are_replaced_whole(tmp_path: Path) -> None:
+    writer = RunWriter(str(tmp_path))
+    writer.submit_result("records/epoch_0001.jsonl", "old")
+    with open(tmp_path / "records/epoch_0001.jsonl") as reader:
+        writer.submit_result("records/epoch_0001.jsonl", "new and longer")
+        # Who had it open still reads the old one, and never a mixture.
+        assert reader.read() == "old"
+    assert (tmp_path / "records/epoch_0001.jsonl").read_text() == "new and longer"
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["epoch_0001.jsonl"]
+
+
+def test_a_run_on_s3(client: Client, tiny: TrainingParameters, s3: str, tmp_path: Path) -> None:
+    from gan_lib.cluster import close_cluster, start_cluster
+
+    # Workers that were started after the server's address was put into the environment.
+    with_s3 = start_cluster(2, device="cpu")
+    try:
+        launch(with_s3, tiny, run=f"{s3}/runs/first").watch()
+        there = open_run(f"{s3}/runs/first")
+        assert there.status().state == "finished"
+        assert there.records()["iteration"].tolist() == list(range(1, 13))
+        assert sorted(there.samples()) == [1, 2, 3, 4]
+        assert there.generate(2).shape == (2, 16, 16, 1)
+        with pytest.raises(RunError, match="already holds a run"):
+            launch(with_s3, tiny, run=f"{s3}/runs/first")
+    finally:
+        close_cluster(with_s3)
+
+
+def submits_many(handler: DaskResultsHandler, n: int) -> None:
+    for i in range(n):
+        handler.submit_result(f"numbers/{i:04d}.json", json.dumps({"i": i}))
+
+
+def test_results_handler_delivers_everything(client: Client, tmp_path: Path) -> None:
+    # More than the scheduler's log of a topic keeps (1,000).
+    handler = DaskResultsHandler()
+    future = client.submit(submits_many, handler, 1500, pure=False)
+    handler.process_results(str(tmp_path), [future])
+    found = sorted((tmp_path / "numbers").iterdir())
+    assert [json.loads(path.read_text())["i"] for path in found] == list(range(1500))
+
+
+def test_results_that_came_before_anybody_listened(client: Client, tmp_path: Path) -> None:
+    handler = DaskResultsHandler("a-topic-of-this-test")
+    future = client.submit(submits_many, handler, 10, pure=False)
+    future.result()
+    handler.process_results(str(tmp_path), [future])
+    assert len(list((tmp_path / "numbers").iterdir())) == 10
+
+
+def fails(handler: DaskResultsHandler) -> None:
+    handler.submit_result("before.txt", "written")
+    raise ArithmeticError("the cause")
+
+
+def test_results_handler_raises_errors_if_asked(client: Client, tmp_path: Path) -> None:
+    for raise_errors in (True, False):
+        handler = DaskResultsHandler()
+        future = client.submit(fails, handler, pure=False)
+        folder = tmp_path / str(raise_errors)
+        if raise_errors:
+            with pytest.raises(ArithmeticError, match="the cause"):
+                handler.process_results(str(folder), [future])
+        else:
+            handler.process_results(str(folder), [future], raise_errors=False)
+        assert (folder / "before.txt").read_text() == "written"
+
+
+def climbs_out(handler: DaskResultsHandler) -> None:
+    handler.submit_result("../outside.txt", "written")
+
+
+def test_results_stay_in_their_folder(client: Client, tmp_path: Path) -> None:
+    handler = DaskResultsHandler()
+    future = client.submit(climbs_out, handler, pure=False)
+    with pytest.raises(RunError, match="outside"):
+        handler.process_results(str(tmp_path / "inside"), [future])
+    assert not (tmp_path / "outside.txt").exists()
+
+
+def test_training_sends_its_records_through_the_handler(
+    client: Client, tiny: TrainingParameters, tmp_path: Path
+) -> None:
+    assert get_client() is client
+    handler = DaskResultsHandler()
+    futures = dispatch.run(
+        client, train_gan, parameters=tiny, results=handler, backend="gloo", pure=False
+    )
+    handler.process_results(str(tmp_path), futures)
+    run = open_run(str(tmp_path))
+    assert run.parameters == tiny
+    assert run.records().to_dict("records") == futures[0].result().records
+
+
+def test_grid_lays_images_in_rows() -> None:
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
+    grid = image_grid(images, columns=3)
+    assert grid.shape == (4, 6, 1)
+    assert grid[::2, ::2, 0].tolist() == [[0, 1, 2], [3, 4, 0]]
