@@ -46,4 +46,6 @@ $(READY): requirements.lock pyproject.toml
 	@$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep '^pip==' requirements.lock)"
 	@$(PY) -m pip install --quiet --no-deps --no-compile -r requirements.lock
 	@$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+# Python compiles what is imported, here and not in every process of the first run.
+	@PYTHONDONTWRITEBYTECODE= $(PY) -c "import gan_lib.cluster, gan_lib.notebooks, ipykernel.kernelapp, s3fs, tensorboard.summary.writer.record_writer, torch.utils.data, dask_pytorch_ddp.dispatch, distributed.nanny"
 	@touch $(READY)

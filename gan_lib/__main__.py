@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from gan_lib.errors import UserError
+from gan_lib import profiles
+from gan_lib.errors import NotebookError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,13 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("--out", help="folder for the executed notebooks; default: a new one")
     options = parser.parse_args(arguments)
 
-    # After the arguments are read: a typing mistake should not wait for torch.
-    from gan_lib.notebooks import NotebookError, run_notebooks
-
     try:
-        done = run_notebooks(
-            options.notebooks, options.profile, dict(options.parameter), options.out
-        )
+        names = profiles.full_names(options.notebooks)
+        profile = profiles.read_profile(options.profile)
+        values = profiles.series_values(names, profile, dict(options.parameter))
+        # Only now: a mistake should not have to wait for torch to be imported.
+        from gan_lib.notebooks import run_notebooks
+
+        done = run_notebooks(names, values, Path(options.profile).stem, options.out)
     except NotebookError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -34,3 +34,7 @@ class ClusterError(UserError):
 
 class DivergenceError(UserError):
     """Training has run away: a loss is no longer a finite number."""
+
+
+class NotebookError(UserError):
+    """A cell of a notebook failed; the executed notebook is kept."""

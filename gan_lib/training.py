@@ -7,18 +7,14 @@ torch.distributed which, and knows nothing of Dask.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
-import inspect
-import io
-import json
-import os
 import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,27 +23,14 @@ from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
 import gan_lib
 from gan_lib.batches import LATENTS, SAMPLES, WEIGHTS, Batch, Batches, stream_seed
-from gan_lib.errors import DivergenceError, ParameterError, RunError
+from gan_lib.errors import DivergenceError, ParameterError
 from gan_lib.images import ImageSet, prepare_images
+from gan_lib.keeping import Keeper, claim_run
 from gan_lib.models import Discriminator, Generator, latent_vectors, render
 from gan_lib.parameters import TrainingParameters
 from gan_lib.progress import ProgressBar, progress_text
-from gan_lib.results import (
-    LOSSES,
-    PARAMETERS,
-    STOP,
-    ResultsHandler,
-    RunWriter,
-    create_run,
-    epoch_path,
-    image_grid,
-    open_run,
-    png_bytes,
-    tensorboard_events,
-)
-
-# How often the records of a long epoch are written while it goes on, for those who watch.
-SECONDS_BETWEEN_WRITES = 2.0
+from gan_lib.ranks import Ranks, distribute, pick_device, unwrap, weights_checksum
+from gan_lib.results import LOSSES, ResultsHandler, open_run
 
 
 @dataclass
@@ -216,10 +199,10 @@ def train_gan(
     training = _Training(parameters, ranks, device)
     if run is not None:
         # Rank 0 decides whether the place is good, and all ranks hear of it.
-        ranks.from_first(lambda: _claim_run(run, parameters, resume))
+        ranks.from_first(lambda: claim_run(run, parameters, resume))
         if resume:
             training.load(ranks.from_first(lambda: open_run(run).checkpoint()))
-    keeper = _Keeper(run, results, parameters) if ranks.rank == 0 else None
+    keeper = Keeper(run, results, parameters) if ranks.rank == 0 else None
     if keeper is not None:
         keeper.keep_parameters(_describe(training, images, batches))
     try:
@@ -232,90 +215,6 @@ def train_gan(
         keeper.keep_status("stopped" if result.stopped else "finished")
     result.run = run
     return result
-
-
-class Ranks:
-    """This process among the ranks of its job; of world size 1 without torch.distributed."""
-
-    def __init__(self) -> None:
-        self.distributed = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if self.distributed else 0
-        self.world_size = dist.get_world_size() if self.distributed else 1
-
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in order, on every rank."""
-        if not self.distributed:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over the ranks, on every rank."""
-        if self.distributed:
-            dist.all_reduce(values)
-        return values / self.world_size
-
-    def from_first(self, compute: Any) -> Any:
-        """What rank 0 computes, or raises, on every rank."""
-        outcome: list[Any] = [None]
-        if self.rank == 0:
-            try:
-                outcome = [compute()]
-            except Exception as error:
-                outcome = [error]
-        if self.distributed:
-            dist.broadcast_object_list(outcome, src=0)
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        return outcome[0]
-
-    def require_equal(self, what: str, value: Any) -> None:
-        """Compare a value over the ranks.
-
-        Raises:
-            ParameterError: naming the first rank that differs from rank 0.
-        """
-        values = self.gather(value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
-                raise ParameterError(
-                    f"{what} of rank {rank} differ from those of rank 0: "
-                    "every worker must read the same images and be told the same"
-                )
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The module itself, without its DDP wrapper."""
-    return module.module if isinstance(module, DDP) else module
-
-
-def pick_device(wanted: str = "auto", local_rank: int | None = None) -> torch.device:
-    """The device of this rank.
-
-    Raises:
-        ParameterError: if CUDA is wanted and this process sees no GPU.
-    """
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ParameterError("device is 'cuda', but this process sees no GPU: use 'auto' or 'cpu'")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_rank is None:
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    # NCCL and the gathering of objects use the current device.
-    torch.cuda.set_device(device)
-    return device
-
-
-def weights_checksum(*modules: nn.Module) -> str:
-    """SHA-256 of all weights and buffers: equal where training left equal replicas."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, value in unwrap(module).state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 class _Training:
@@ -380,6 +279,10 @@ class _Training:
                 if buffer.is_floating_point():
                     buffer.copy_(self.ranks.mean(buffer))
 
+    def draw(self) -> np.ndarray:
+        """The images of the run's own latent vectors: uint8, N x H x W x C."""
+        return render(unwrap(self.g), self.sample_latents)
+
     def state(self) -> dict[str, Any]:
         """All that is needed to go on after the current epoch."""
         return {
@@ -402,19 +305,8 @@ class _Training:
         self.optimizer_d.load_state_dict(state["optimizer_d"])
 
 
-def distribute(module: nn.Module) -> DDP:
-    """Wrap a network for training on all ranks: the one difference that DDP makes.
-
-    Buffers are not exchanged in each forward pass: `train_gan` averages them once an epoch.
-    """
-    # torch 2.13 renamed the argument.
-    names = inspect.signature(DDP.__init__).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    return DDP(module, **{name: False})
-
-
 def _run_epochs(
-    training: _Training, batches: Batches, keeper: _Keeper | None, show: bool
+    training: _Training, batches: Batches, keeper: Keeper | None, show: bool
 ) -> TrainingResult:
     p, ranks = training.parameters, training.ranks
     first_epoch, first_iteration = training.epoch, training.iteration
@@ -442,7 +334,7 @@ def _run_epochs(
             training.epoch = epoch
             all_records += records
             if keeper is not None:
-                stopped = keeper.keep_epoch(training, records)
+                stopped = keeper.keep_epoch(epoch, records, training.draw, training.state)
             stopped = ranks.from_first(lambda asked=stopped: asked)
     seconds = time.perf_counter() - started
     checksum = weights_checksum(training.g, training.d)
@@ -484,106 +376,6 @@ def _record(
     }
 
 
-class _Keeper:
-    """What rank 0 keeps of the run: files in the run directory, numbers for the handler."""
-
-    def __init__(
-        self,
-        run: str | None,
-        results: ResultsHandler | None,
-        parameters: TrainingParameters,
-    ) -> None:
-        self.writer = RunWriter(run) if run is not None else None
-        self.results = results
-        self.parameters = parameters
-        self._written_at = time.monotonic()
-        self._checkpoints = open_run(run).epochs("checkpoints") if run is not None else []
-
-    def keep_parameters(self, info: dict[str, Any]) -> None:
-        text = json.dumps(info, indent=2)
-        for target in (self.writer, self.results):
-            if target is not None:
-                target.submit_result(PARAMETERS, text)
-
-    def keep_status(self, state: str, **details: Any) -> None:
-        if self.writer is not None:
-            self.writer.set_status(state, **details)
-
-    def keep_records(self, epoch: int, records: list[dict[str, Any]]) -> None:
-        """The records so far of an epoch that goes on, now and then."""
-        if self.writer is not None:
-            now = time.monotonic()
-            if now - self._written_at >= SECONDS_BETWEEN_WRITES:
-                self._written_at = now
-                self.writer.submit_result(epoch_path("records", epoch), _lines(records))
-
-    def keep_epoch(self, training: _Training, records: list[dict[str, Any]]) -> bool:
-        """All that a finished epoch leaves; True if somebody asked to stop."""
-        p, epoch = self.parameters, training.epoch
-        if self.results is not None:
-            self.results.submit_result(epoch_path("records", epoch), _lines(records))
-        if self.writer is None:
-            return False
-        self.writer.submit_result(epoch_path("records", epoch), _lines(records))
-        # An epoch shorter than `record_every` may have no record.
-        if records:
-            self._keep_tensorboard(epoch, records)
-        stop = self.writer.exists(STOP)
-        last = stop or epoch == p.epochs
-        if last or epoch % p.sample_every == 0 or epoch == 1:
-            pictures = render(unwrap(training.g), training.sample_latents)
-            self.writer.submit_result(epoch_path("samples", epoch), png_bytes(image_grid(pictures)))
-        if last or epoch % p.checkpoint_every == 0:
-            buffer = io.BytesIO()
-            torch.save(training.state(), buffer)
-            self.writer.submit_result(epoch_path("checkpoints", epoch), buffer.getvalue())
-            self._forget_checkpoints(epoch)
-        if stop:
-            self.writer.remove(STOP)
-        return stop
-
-    def _keep_tensorboard(self, epoch: int, records: list[dict[str, Any]]) -> None:
-        assert self.writer is not None
-        # Optional on the workers of a cluster: records.jsonl says the same.
-        with contextlib.suppress(ImportError):
-            # TensorBoard reads the event files of a folder in the order of their names.
-            path = f"tensorboard/events.out.tfevents.epoch_{epoch:04d}"
-            self.writer.submit_result(path, tensorboard_events(records))
-
-    def _forget_checkpoints(self, epoch: int) -> None:
-        assert self.writer is not None
-        self._checkpoints = [e for e in self._checkpoints if e != epoch] + [epoch]
-        keep = self.parameters.keep_checkpoints
-        while keep and len(self._checkpoints) > keep:
-            self.writer.remove(epoch_path("checkpoints", self._checkpoints.pop(0)))
-
-
-def _claim_run(run: str, parameters: TrainingParameters, resume: bool) -> None:
-    """Make sure that `run` is new, or one that `launch` has reserved, or one to resume."""
-    if not RunWriter(run).exists(PARAMETERS):
-        if resume:
-            raise RunError(f"no run lives at {run}: start it without resume")
-        create_run(run, parameters)
-        return
-    existing = open_run(run)
-    if not resume:
-        if existing.epochs("records") or existing.parameters != parameters:
-            create_run(run, parameters)  # which refuses
-        return
-    may_change = ("epochs", "record_every", "sample_every", "checkpoint_every", "keep_checkpoints")
-    old, new = existing.parameters.to_dict(), parameters.to_dict()
-    differences = [
-        f"{name} was {old[name]!r} and is {new[name]!r}"
-        for name in old
-        if old[name] != new[name] and name not in (*may_change, "device")
-    ]
-    if differences:
-        raise RunError(
-            f"{run} cannot be resumed with other parameters: {'; '.join(differences)}. "
-            f"Only {', '.join(may_change)} may change"
-        )
-
-
 def _check_images(images: ImageSet, p: TrainingParameters) -> None:
     wanted = (p.image_size, p.image_size, p.channels)
     if images.pixels.shape[1:] != wanted:
@@ -617,7 +409,3 @@ def _describe(training: _Training, images: ImageSet, batches: Batches) -> dict[s
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def _lines(records: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)

@@ -25,8 +25,6 @@ os.environ["GAN_LIB_HEADLESS"] = "1"
 # The ranks of the cluster and the tests themselves share the cores.
 torch.set_num_threads(1)
 
-CHECKOUT = Path(__file__).parents[1]
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also run the tests that take minutes")

@@ -17,11 +17,12 @@ import torch
 from dask_pytorch_ddp import dispatch
 from distributed import Client
 
-from gan_lib.cluster import close_cluster, connect, launch, package_checksum, run_ranks
+from gan_lib.cluster import close_cluster, connect, launch, run_ranks
 from gan_lib.cluster import start_cluster as start
 from gan_lib.errors import ClusterError, ParameterError, RunError, SourceError
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results import open_run
+from gan_lib.shipping import package_checksum
 from gan_lib.training import train_gan
 
 
@@ -147,9 +148,7 @@ def test_wrong_calls_are_refused_before_any_work(
         start(0)
 
 
-def test_nothing_listens_beyond_this_machine(
-    own_client: Client, tiny: TrainingParameters
-) -> None:
+def test_nothing_listens_beyond_this_machine(own_client: Client, tiny: TrainingParameters) -> None:
     job = launch(own_client, tiny.replace(epochs=100_000))
     deadline = time.monotonic() + 60
     while not job.run.epochs("records") and time.monotonic() < deadline:

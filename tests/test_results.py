@@ -85,7 +85,7 @@ def test_a_damaged_checkpoint_is_named(tiny: TrainingParameters, tmp_path: Path)
     run = open_run(str(tmp_path / "run"))
     path = Path(run.checkpoints()[1])
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(RunError, match="checkpoint of epoch 1 .* is damaged"):
+    with pytest.raises(RunError, match=r"checkpoint of epoch 1 .* is damaged"):
         run.generator()
 
 

@@ -1,0 +1,64 @@
+"""How much faster do two ranks train than one, on two cores? And what does the exchange cost?
+
+    python benchmarks/ranks.py [--repeats 3]
+
+Measured in one run, in turn: one rank on one core; two ranks on two cores; one
+process that uses both cores by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from typing import Any
+
+os.environ["GAN_LIB_HEADLESS"] = "1"
+
+import torch
+
+from gan_lib.cluster import close_cluster, run_ranks, start_cluster
+from gan_lib.training import train_gan
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "32 x 32, ngf = ndf = 32": {
+        "image_size": 32, "channels": 1, "ngf": 32, "ndf": 32, "batch_size": 64, "epochs": 3,
+    },
+    "64 x 64, ngf = ndf = 64": {"batch_size": 64, "epochs": 1, "max_images": 512},
+}  # fmt: skip
+
+
+def rate(parameters: dict[str, Any]) -> float:
+    """Images per second of one training, over all its ranks."""
+    return train_gan(parameters, progress=False).images_per_second
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    repeats = parser.parse_args().repeats
+    torch.set_num_threads(2)
+    client = start_cluster(2, device="cpu")
+    try:
+        for name, parameters in SETTINGS.items():
+            rates: dict[str, list[float]] = {"one rank": [], "two ranks": [], "one process": []}
+            for _ in range(repeats):
+                one = run_ranks(client, rate, n_workers=1, device="cpu", parameters=parameters)
+                two = run_ranks(client, rate, n_workers=2, device="cpu", parameters=parameters)
+                rates["one rank"].append(one[0])
+                rates["two ranks"].append(two[0])
+                rates["one process"].append(rate(parameters))
+            middle = {k: statistics.median(v) for k, v in rates.items()}
+            print(f"{name}: median of {repeats}, images/s")
+            print(f"  one rank on one core         {middle['one rank']:7.0f}   1.00")
+            for key, what in (
+                ("two ranks", "two ranks on two cores"),
+                ("one process", "one process, two threads"),
+            ):
+                print(f"  {what:28s} {middle[key]:7.0f}   {middle[key] / middle['one rank']:.2f}")
+    finally:
+        close_cluster(client)
+
+
+if __name__ == "__main__":
+    main()

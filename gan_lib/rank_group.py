@@ -1,0 +1,310 @@
+"""One function as ranks on a Dask cluster, failing together.
+
+Each rank is a Dask task that is pinned to its worker. The ranks meet at a port
+of rank 0's machine and then talk among themselves; what they do there is the
+function's own affair.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import pickle
+import socket
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from distributed import Client, Future, get_worker
+from distributed import wait as wait_for_futures
+
+from gan_lib.errors import ClusterError
+
+SECONDS_TO_WAIT_FOR_WORKERS = 10
+# How long the other ranks may take to notice that one has failed.
+SECONDS_TO_FAIL = 10
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank goes: a worker, its machine, and its number on that machine."""
+
+    worker: str
+    host: str
+    local_rank: int
+
+
+def start_ranks(
+    client: Client,
+    places: list[Place],
+    device: str,
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+) -> dict[str, Future]:
+    """Start one rank on each place; worker -> future, by rank."""
+    backend = _choose_backend(client, places, device)
+    first = places[0]
+    job_id = uuid.uuid4().hex
+    port = client.run(_listen, job_id, first.host, workers=[first.worker])[first.worker]
+    return {
+        place.worker: client.submit(
+            _work_as_rank,
+            function,
+            arguments,
+            rank=rank,
+            world_size=len(places),
+            local_rank=place.local_rank,
+            backend=backend,
+            host=first.host,
+            port=port,
+            job_id=job_id,
+            # A key of its own: Dask would answer equal work from its cache, and train nothing.
+            key=f"rank-{rank}-{job_id}",
+            pure=False,
+            workers=[place.worker],
+            allow_other_workers=False,
+        )
+        for rank, place in enumerate(places)
+    }
+
+
+class RankGroup:
+    """Ranks that run together on a cluster, and fail together.
+
+    Attributes:
+        workers: addresses of their workers, by rank.
+    """
+
+    def __init__(self, client: Client, futures: Mapping[str, Future]) -> None:
+        self.workers = list(futures)
+        self._client = client
+        self._futures = list(futures.values())
+        self._error: BaseException | None = None
+
+    def done(self) -> bool:
+        """Whether all ranks have ended, well or not."""
+        return self.error() is not None or all(future.done() for future in self._futures)
+
+    def result(self, timeout: float | None = None) -> list[Any]:
+        """Wait for the end; what each rank returned, by rank.
+
+        Args:
+            timeout: in seconds; None waits for ever.
+
+        Raises:
+            The error of the rank that failed first, with that rank's traceback.
+            ClusterError: if a worker process died.
+            TimeoutError: if it takes longer than `timeout`.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self.done():
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(f"the ranks still run after {timeout} s")
+            with contextlib.suppress(TimeoutError):
+                wait_for_futures(self._futures, timeout=0.5)
+        error = self.error()
+        if error is not None:
+            raise error
+        return [future.result() for future in self._futures]
+
+    def error(self) -> BaseException | None:
+        """The error of the rank that failed first; None while none has."""
+        if self._error is None and (self._failures() or self._gone()):
+            # The other ranks fail a moment later, and may have failed first.
+            deadline = time.monotonic() + SECONDS_TO_FAIL
+            while self._still_running() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            self._error = self._cause()
+            self._client.cancel([f for f in self._futures if not f.done()])
+        return self._error
+
+    def _cause(self) -> BaseException:
+        gone = self._gone()
+        if gone:
+            # What the other ranks raised is that this one closed its connections.
+            return ClusterError(
+                f"the worker process of rank {gone[0]} ({self.workers[gone[0]]}) is gone: "
+                "it was killed, ran out of memory, or its machine was lost; start again with "
+                "the workers that are left (launch goes on from the last checkpoint with "
+                "run=... and resume=True)"
+            )
+        first = min(self._failures(), key=lambda failure: failure.order)
+        return first.error.with_traceback(first.traceback)
+
+    def _failures(self) -> list[_Failure]:
+        failures = []
+        for future in self._futures:
+            if future.status == "finished":
+                value = future.result()
+                if isinstance(value, _Failure):
+                    failures.append(value)
+            elif future.done():
+                # Dask's own failure: the task never ran, or was cancelled.
+                error = future.exception() if future.status == "error" else CancelledError()
+                failures.append(_Failure(_LAST, error, error.__traceback__))
+        return failures
+
+    def _still_running(self) -> bool:
+        gone = self._gone()
+        return any(not f.done() for rank, f in enumerate(self._futures) if rank not in gone)
+
+    def _gone(self) -> list[int]:
+        # A task that is pinned to a worker waits for it for ever, also when it has died.
+        alive = _workers(self._client)
+        return [
+            rank
+            for rank, (future, worker) in enumerate(zip(self._futures, self.workers, strict=True))
+            if not future.done() and worker not in alive
+        ]
+
+
+# Listening sockets by job: opened before the ranks start, so that the port is known to be free.
+_LISTENERS: dict[str, socket.socket] = {}
+
+
+def _listen(job_id: str, host: str) -> int:
+    """On rank 0's worker: reserve a free port for the ranks to meet at."""
+    listener = socket.create_server((host, 0), family=_family(host), backlog=1024)
+    _LISTENERS[job_id] = listener
+    return listener.getsockname()[1]
+
+
+def _work_as_rank(
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+    *,
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    backend: str,
+    host: str,
+    port: int,
+    job_id: str,
+) -> Any:
+    """On a worker: meet the other ranks, run the function, and part."""
+    if dist.is_initialized():
+        raise ClusterError(
+            "this worker is already a rank of another job: wait for that one, "
+            "or start the workers with one thread each"
+        )
+    _use_dask_network()
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    listener = _LISTENERS.pop(job_id, None)
+    store = dist.TCPStore(
+        host,
+        port,
+        world_size,
+        is_master=rank == 0,
+        timeout=datetime.timedelta(seconds=300),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach() if listener is not None else None,
+    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    try:
+        return function(**arguments)
+    except Exception as error:
+        # While this rank holds its connections, no other rank has noticed: so the order in
+        # which they count themselves here is the order in which they failed.
+        order = _LAST
+        with contextlib.suppress(Exception):
+            order = store.add("failures", 1)
+        error.add_note(f"raised by rank {rank} of {world_size} on {get_worker().address}")
+        return _Failure(order, *_portable(error))
+    finally:
+        dist.destroy_process_group()
+
+
+# The order of a failure that could not be counted: the meeting place was already gone.
+_LAST = 1_000_000
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a rank brings back that raised.
+
+    It is returned and not raised: Dask would log every rank's error as it comes,
+    the consequences before the cause.
+    """
+
+    order: int
+    error: BaseException
+    traceback: TracebackType | None
+
+
+def _portable(error: Exception) -> tuple[Exception, TracebackType | None]:
+    """The error and its traceback, or its text if it cannot travel."""
+    try:
+        # distributed has taught pickle to carry tracebacks.
+        return pickle.loads(pickle.dumps((error, error.__traceback__)))
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error))), None
+
+
+def _use_dask_network() -> None:
+    """Let gloo and NCCL use the network interface that Dask uses, unless told otherwise.
+
+    Their own choice follows the machine's host name, which on a laptop may be a
+    network that others can reach and on a cluster one that leads nowhere.
+    """
+    host = get_worker().address.rpartition("://")[2].rpartition(":")[0].strip("[]")
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == host for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _workers(client: Client) -> dict[str, Any]:
+    # scheduler_info() lists five workers unless it is asked for all.
+    return client.scheduler_info(n_workers=-1)["workers"]
+
+
+def find_places(client: Client, n_workers: int | None) -> list[Place]:
+    """Where the ranks go, by rank: those of one machine next to each other."""
+    wanted = n_workers or 1
+    with contextlib.suppress(TimeoutError):
+        client.wait_for_workers(wanted, timeout=SECONDS_TO_WAIT_FOR_WORKERS)
+    workers = _workers(client)
+    if len(workers) < wanted:
+        raise ClusterError(
+            f"the cluster has {len(workers)} workers and {wanted} are needed: "
+            "start more workers, or ask for fewer"
+        )
+    places: list[Place] = []
+    on_host: dict[str, int] = {}
+    for address in sorted(workers, key=lambda a: (workers[a]["host"], a))[: n_workers or None]:
+        host = workers[address]["host"]
+        places.append(Place(address, host, local_rank=on_host.get(host, 0)))
+        on_host[host] = on_host.get(host, 0) + 1
+    return places
+
+
+def _visible_gpus() -> list[str]:
+    """On a worker: identities of the GPUs that it sees."""
+    return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+
+
+def _choose_backend(client: Client, places: list[Place], device: str) -> str:
+    """NCCL if every rank has a GPU to itself; gloo otherwise, which NCCL refuses."""
+    if device == "cpu":
+        return "gloo"
+    seen = client.run(_visible_gpus, workers=[place.worker for place in places])
+    taken = set()
+    for place in places:
+        gpus = seen[place.worker]
+        if not gpus:
+            return "gloo"
+        taken.add(gpus[place.local_rank % len(gpus)])
+    return "nccl" if len(taken) == len(places) else "gloo"

@@ -1,0 +1,115 @@
+"""This process among the ranks of its job, as torch.distributed knows them.
+
+Alone, without torch.distributed, it is rank 0 of 1, and everything here does
+nothing: so the same training function runs both ways.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
+
+from gan_lib.errors import ParameterError
+
+
+class Ranks:
+    """This process among the ranks of its job; of world size 1 without torch.distributed."""
+
+    def __init__(self) -> None:
+        self.distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if self.distributed else 0
+        self.world_size = dist.get_world_size() if self.distributed else 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in order, on every rank."""
+        if not self.distributed:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the ranks, on every rank."""
+        if self.distributed:
+            dist.all_reduce(values)
+        return values / self.world_size
+
+    def from_first(self, compute: Callable[[], Any]) -> Any:
+        """What rank 0 computes, or raises, on every rank."""
+        outcome: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                outcome = [compute()]
+            except Exception as error:
+                outcome = [error]
+        if self.distributed:
+            dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
+
+    def require_equal(self, what: str, value: Any) -> None:
+        """Compare a value over the ranks.
+
+        Raises:
+            ParameterError: naming the first rank that differs from rank 0.
+        """
+        values = self.gather(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise ParameterError(
+                    f"{what} of rank {rank} differ from those of rank 0: "
+                    "every worker must read the same images and be told the same"
+                )
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module itself, without its DDP wrapper."""
+    return module.module if isinstance(module, DDP) else module
+
+
+def pick_device(wanted: str = "auto", local_rank: int | None = None) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        ParameterError: if CUDA is wanted and this process sees no GPU.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ParameterError("device is 'cuda', but this process sees no GPU: use 'auto' or 'cpu'")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank is None:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    # NCCL and the gathering of objects use the current device.
+    torch.cuda.set_device(device)
+    return device
+
+
+def weights_checksum(*modules: nn.Module) -> str:
+    """SHA-256 of all weights and buffers: equal where training left equal replicas."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in unwrap(module).state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def distribute(module: nn.Module) -> DDP:
+    """Wrap a network for training on all ranks: the one difference that DDP makes.
+
+    Buffers are not exchanged in each forward pass: `train_gan` averages them once an epoch.
+    """
+    # torch 2.13 renamed the argument.
+    names = inspect.signature(DDP.__init__).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return DDP(module, **{name: False})

@@ -1,0 +1,69 @@
+"""Makes this very gan_lib importable on a cluster where it is not installed.
+
+Dask loads a function by importing its module. So the package travels first, as
+an archive of its own source: to the scheduler, to all workers, and to those
+that join later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pkgutil
+import tempfile
+import zipfile
+
+from distributed import Client
+
+import gan_lib
+from gan_lib.errors import ClusterError
+from gan_lib.manifest import manifest_text
+
+
+def package_checksum() -> str:
+    """SHA-256 of the package's own source and manifest: equal where the code is equal."""
+    digest = hashlib.sha256(manifest_text().encode())
+    for name in _module_names():
+        digest.update(_module_source(name))
+    return digest.hexdigest()
+
+
+def _module_names() -> list[str]:
+    return ["__init__", *sorted(m.name for m in pkgutil.iter_modules(gan_lib.__path__))]
+
+
+def _module_source(name: str) -> bytes:
+    return gan_lib.__spec__.loader.get_data(os.path.join(gan_lib.__path__[0], f"{name}.py"))
+
+
+def ship_package(client: Client) -> None:
+    """Make this very gan_lib importable on the scheduler and on all workers, now and later.
+
+    Raises:
+        ClusterError: if some of them keep another version.
+    """
+    if _all_have_package(client):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        archive = os.path.join(folder, f"gan_lib_{package_checksum()[:8]}.zip")
+        with zipfile.ZipFile(archive, "w") as file:
+            for name in _module_names():
+                file.writestr(f"gan_lib/{name}.py", _module_source(name))
+            file.writestr("gan_lib/data_manifest.json", manifest_text())
+        client.upload_file(archive)
+    if not _all_have_package(client):
+        raise ClusterError(
+            "the cluster runs another version of gan_lib: restart its workers, "
+            "or install this version there"
+        )
+
+
+def _all_have_package(client: Client) -> bool:
+    mine = package_checksum()
+    # Where gan_lib is missing, the function itself cannot be loaded.
+    found = list(client.run(package_checksum, on_error="return").values())
+    try:
+        found.append(client.run_on_scheduler(package_checksum))
+    except ImportError:
+        return False
+    return all(checksum == mine for checksum in found)

@@ -1,0 +1,249 @@
+"""The notebooks as their readers meet them, and the runner that executes them."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from gan_lib.errors import NotebookError, ParameterError
+from gan_lib.notebooks import Executed, run_notebooks
+from gan_lib.parameters import TrainingParameters
+from gan_lib.profiles import (
+    CHECKOUT,
+    FOLDER,
+    PROFILES,
+    check_parameters,
+    full_names,
+    notebook_names,
+    notebook_parameters,
+    read_profile,
+    series_values,
+)
+from gan_lib.progress import parse_progress
+
+NAMES = ["01_data", "02_models", "03_parameters", "04_distributed_training", "05_results"]
+
+
+def load(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def tagged(name: str, tag: str) -> list[int]:
+    return [i for i, c in enumerate(load(name).cells) if tag in c.metadata.get("tags", [])]
+
+
+def test_the_series_has_five_notebooks() -> None:
+    assert notebook_names() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_skeleton(name: str) -> None:
+    cells = load(name).cells
+    first, last = cells[0].source, cells[-1].source
+    assert re.match(rf"# {int(name[:2])}\. ", first)
+    for part in ("What you will learn", "Prerequisites", "Minutes on two cores"):
+        assert part in first, part
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert "\n## Exercises" in f"\n{prose}"
+    assert "## Recap" in last
+    nexts = re.findall(r"\]\(([^)]+)\)", last)
+    expected = NAMES[NAMES.index(name) + 1] + ".ipynb" if name != NAMES[-1] else "../README.md"
+    assert expected in nexts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stored_without_outputs(name: str) -> None:
+    for cell in load(name).cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_plain_and_explained(name: str) -> None:
+    assert len(tagged(name, "parameters")) == 1
+    cell = load(name).cells[tagged(name, "parameters")[0]]
+    assert tagged(name, "parameters")[0] == 1  # right after the introduction
+    for line in cell.source.splitlines():
+        assert re.fullmatch(r"\w+ = .+?  # .+", line), line
+    for default in notebook_parameters(name).values():
+        assert type(default) in (int, float, bool, str)
+    # The same name means the same thing, of the same type, everywhere.
+    known = TrainingParameters().to_dict()
+    for parameter, default in notebook_parameters(name).items():
+        if parameter in known:
+            assert type(default) is type(known[parameter]), parameter
+        else:
+            assert parameter in {"run", "n_workers", "address", "short_epochs", "n_images"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exercises_have_hidden_solutions(name: str) -> None:
+    exercises, solutions = tagged(name, "exercise"), tagged(name, "solution")
+    assert len(exercises) >= 2
+    assert [i + 1 for i in exercises] == solutions
+    cells = load(name).cells
+    for i in solutions:
+        assert cells[i].metadata["jupyter"] == {"source_hidden": True, "outputs_hidden": True}
+        assert "assert " in cells[i].source
+    for i in exercises:
+        assert "Exercise" in cells[i - 1].source
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cells_are_short_and_plots_come_from_the_package(name: str) -> None:
+    for cell in load(name).cells:
+        if cell.cell_type != "code" or "parameters" in cell.metadata.get("tags", []):
+            continue
+        assert len(cell.source.splitlines()) <= 20, cell.source
+        ast.parse(cell.source)  # no magics: a cell is Python, and its code can be reused
+        assert "plt." not in cell.source
+
+
+def test_every_training_parameter_can_be_set_where_training_happens() -> None:
+    assert set(TrainingParameters.names()) <= set(notebook_parameters("04_distributed_training"))
+
+
+@pytest.mark.parametrize("profile", sorted(path.stem for path in PROFILES.glob("*.yaml")))
+def test_profiles_fit_the_notebooks(profile: str) -> None:
+    check_parameters(NAMES, read_profile(profile))
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> Executed:
+    folder = tmp_path_factory.mktemp("executed")
+    values = series_values(NAMES, read_profile("tiny"), {"run": str(folder / "run")})
+    return run_notebooks(NAMES, values, "tiny", folder=str(folder / "notebooks"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_executes(name: str, executed: Executed) -> None:
+    notebook = nbformat.read(executed.folder / f"{name}.ipynb", as_version=4)
+    profile = read_profile("tiny")
+    injected = [c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])]
+    given = {k: v for k, v in profile.items() if k in notebook_parameters(name)}
+    if given:
+        values = dict(re.findall(r"^(\w+) = (.*)$", injected[0].source, flags=re.MULTILINE))
+        assert {k: ast.literal_eval(values[k]) for k in given} == given
+    shown = 0
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.execution_count is not None, cell.source
+            kinds = [output.output_type for output in cell.outputs]
+            assert "error" not in kinds
+            shown += sum("image/png" in output.get("data", {}) for output in cell.outputs)
+    assert shown >= 2  # there is something to look at
+    assert (executed.folder / f"{name}.html").stat().st_size > 10_000
+
+
+def test_pictures_lie_beside_the_notebooks(executed: Executed) -> None:
+    pictures = [path.name for path in (executed.folder / "pictures").iterdir()]
+    for name in NAMES:
+        assert any(picture.startswith(name) for picture in pictures)
+    assert any(picture.endswith(".gif") for picture in pictures)
+
+
+def test_the_run_is_where_it_was_asked_for(executed: Executed) -> None:
+    assert executed.run is not None
+    assert len(list(Path(executed.run, "records").iterdir())) == read_profile("tiny")["epochs"]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gan_lib", "run", *arguments],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lrg": 0.1}, ["lrg", "lr_g"]),
+        ({"batch_size": -1}, ["batch_size", "-1"]),
+        ({"epochs": "many"}, ["epochs", "many"]),
+        ({"source": "/nowhere/at/all"}, ["/nowhere/at/all", "does not exist"]),
+        ({"source": "TEXTS"}, ["none of the 1 files", ".txt"]),
+        ({"address": "tcp://127.0.0.1:9"}, ["tcp://127.0.0.1:9", "no Dask scheduler"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_profile_ends_in_one_sentence(
+    change: dict[str, object], words: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("no image")
+    if change.get("source") == "TEXTS":
+        change = {"source": str(tmp_path / "texts")}
+    profile = tmp_path / "wrong.yaml"
+    profile.write_text(yaml.safe_dump(read_profile("tiny") | change))
+    before = time.monotonic()
+    done = command("--profile", str(profile), "--out", str(tmp_path / "out"))
+    assert time.monotonic() - before < 60  # nothing was executed
+    assert done.returncode == 2
+    assert not (tmp_path / "out").exists()
+    assert "Traceback" not in done.stderr + done.stdout
+    sentence = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(sentence) == 1
+    for word in words:
+        assert word in sentence[0]
+
+
+def test_other_wrong_calls_are_refused() -> None:
+    with pytest.raises(ParameterError, match=r"no profile 'quik'.*quick"):
+        read_profile("quik")
+    with pytest.raises(ParameterError, match=r"no notebook '09'.*01_data"):
+        full_names(["09"])
+    # A notebook of its own is not given what it does not have.
+    with pytest.raises(ParameterError, match="no parameter 'lr_g'"):
+        series_values(["02_models"], {}, {"lr_g": "0.1"})
+    with pytest.raises(ParameterError, match="n_workers is -2"):
+        series_values(NAMES, {}, {"n_workers": "-2"})
+
+
+def test_the_command_line_speaks_the_types_of_the_notebooks() -> None:
+    given = {"lr_g": "1e-3", "epochs": "7", "flip": "true", "source": "dog-silhouettes"}
+    assert full_names(["04"]) == ["04_distributed_training"]
+    assert series_values(["04_distributed_training"], {}, given) == {
+        "lr_g": 0.001,
+        "epochs": 7,
+        "flip": True,
+        "source": "dog-silhouettes",
+    }
+
+
+def test_a_failing_cell_is_named_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell("seed = 0  # any", metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell("print('before')"),
+            nbformat.v4.new_code_cell("wrong = 1 / seed"),
+            nbformat.v4.new_code_cell("print('never')"),
+        ]
+    )
+    nbformat.write(notebook, tmp_path / "01_broken.ipynb")
+    monkeypatch.setattr("gan_lib.profiles.FOLDER", tmp_path)
+    with pytest.raises(NotebookError, match=r"01_broken, cell 4 \(`wrong = 1 / seed`\)") as caught:
+        run_notebooks(["01_broken"], {"seed": 0}, "broken", folder=str(tmp_path / "out"))
+    assert "ZeroDivisionError: division by zero" in str(caught.value)
+    kept = nbformat.read(tmp_path / "out" / "01_broken.ipynb", as_version=4)
+    assert any("before" in o.get("text", "") for c in kept.cells for o in c.get("outputs", []))
+    assert (tmp_path / "out" / "01_broken.html").exists()
+
+
+def test_headless_progress_is_read_back() -> None:
+    line = parse_progress("training 35/1024 step epoch 3/64 loss_d 1.2 loss_g 0.7 500 images/s")
+    assert line is not None
+    assert (line.description, line.done, line.total, line.unit) == ("training", 35, 1024, "step")
+    assert line.text.startswith("epoch 3/64")
+    assert parse_progress("something else") is None

@@ -1,0 +1,86 @@
+"""What a reader meets before the code runs: style, formatting, the lock, the manifest's home."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gan_lib.profiles import CHECKOUT
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *command], cwd=CHECKOUT, capture_output=True, text=True
+    )
+
+
+def test_ruff_finds_nothing() -> None:
+    done = run("ruff", "check", ".")
+    assert done.returncode == 0, done.stdout
+
+
+def test_code_is_formatted() -> None:
+    done = run("ruff", "format", "--check", ".")
+    assert done.returncode == 0, done.stdout
+
+
+def test_public_things_have_docstrings_and_types() -> None:
+    import ast
+
+    for path in (CHECKOUT / "gan_lib").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                where = f"{path.name}: {node.name}"
+                assert node.returns is not None, where
+                own = [a for a in node.args.args + node.args.kwonlyargs if a.arg != "self"]
+                assert all(a.annotation or a.arg == "cls" for a in own), where
+    for path in (CHECKOUT / "gan_lib").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path.name}: {node.name}"
+
+
+def test_the_lock_holds_what_the_project_asks_for() -> None:
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    asked = [*project["dependencies"], *(item for extra in extras for item in extra)]
+    lock = (CHECKOUT / "requirements.lock").read_text()
+    locked = set(re.findall(r"^([a-z0-9-]+)==", lock, flags=re.MULTILINE))
+    assert {re.split(r"[<>=]", item)[0] for item in asked} <= locked
+    assert "torch==2.14.1" in lock
+    assert "torchvision==0.29.1" in lock
+
+
+def test_conda_users_get_the_same() -> None:
+    environment = yaml.safe_load((CHECKOUT / "environment.yml").read_text())
+    assert {"pip": ["-r requirements.lock"]} in environment["dependencies"]
+
+
+def test_pre_commit_strips_notebooks() -> None:
+    config = yaml.safe_load((CHECKOUT / ".pre-commit-config.yaml").read_text())
+    hooks = {hook["id"]: hook for repo in config["repos"] for hook in repo["hooks"]}
+    assert {"nbstripout", "ruff-check", "ruff-format"} <= set(hooks)
+    assert re.search(hooks["nbstripout"]["files"], "notebooks/01_data.ipynb")
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    text = (CHECKOUT / name).read_text()
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", text) + re.findall(r'src="([^"]+)"', text)
+    local = [target for target in targets if "://" not in target]
+    assert local
+    for target in local:
+        assert Path(CHECKOUT / target).exists(), target
+
+
+def test_a_module_can_be_read_at_one_sitting() -> None:
+    for path in (CHECKOUT / "gan_lib").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 450, path
