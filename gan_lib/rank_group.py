@@ -159,7 +159,7 @@ class RankGroup:
 
     def _gone(self) -> list[int]:
         # A task that is pinned to a worker waits for it for ever, also when it has died.
-        alive = _workers(self._client)
+        alive = self._client.scheduler_info()["workers"]
         return [
             rank
             for rank, (future, worker) in enumerate(zip(self._futures, self.workers, strict=True))
@@ -266,17 +266,12 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def _workers(client: Client) -> dict[str, Any]:
-    # scheduler_info() lists five workers unless it is asked for all.
-    return client.scheduler_info(n_workers=-1)["workers"]
-
-
 def find_places(client: Client, n_workers: int | None) -> list[Place]:
     """Where the ranks go, by rank: those of one machine next to each other."""
     wanted = n_workers or 1
     with contextlib.suppress(TimeoutError):
         client.wait_for_workers(wanted, timeout=SECONDS_TO_WAIT_FOR_WORKERS)
-    workers = _workers(client)
+    workers = client.scheduler_info()["workers"]
     if len(workers) < wanted:
         raise ClusterError(
             f"the cluster has {len(workers)} workers and {wanted} are needed: "

@@ -84,3 +84,12 @@ def test_links_lead_somewhere(name: str) -> None:
 def test_a_module_can_be_read_at_one_sitting() -> None:
     for path in (CHECKOUT / "gan_lib").glob("*.py"):
         assert len(path.read_text().splitlines()) <= 450, path
+
+
+def test_the_package_offers_what_most_programs_need() -> None:
+    import gan_lib
+
+    for name in gan_lib.__all__:
+        assert callable(getattr(gan_lib, name))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        gan_lib.nothing  # noqa: B018
