@@ -113,10 +113,12 @@ def launch(
     url = _absolute(run or new_run_url())
     if resume:
         open_run(url)  # raises if there is none
+        RunWriter(url).remove(STOP)  # a request that came too late for the last job
     else:
         create_run(url, parameters)
     first = places[0].worker
     if not client.run(_sees_run, url, workers=[first])[first]:
+        RunWriter(url).set_status("failed", error=f"not visible from {first}")
         raise RunError(
             f"the worker {first} sees no run at {url}: give a place that workers and client "
             "share, such as s3://bucket/run"

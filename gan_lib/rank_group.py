@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from distributed import Client, Future, get_worker
 from distributed import wait as wait_for_futures

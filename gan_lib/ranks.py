@@ -13,6 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+# DDP imports this when it is first built. Imported while a process group exists, it holds on to
+# the group, and with it to the port where the ranks met, for as long as the process lives.
+import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817

@@ -136,7 +136,7 @@ def create_run(url: str, parameters: TrainingParameters) -> RunWriter:
     """
     writer = RunWriter(url)
     try:
-        if writer.exists(PARAMETERS):
+        if writer.exists(PARAMETERS) and not _failed_at_once(url):
             raise RunError(
                 f"{url} already holds a run: choose another place, or go on with it by resume=True"
             )
@@ -145,6 +145,13 @@ def create_run(url: str, parameters: TrainingParameters) -> RunWriter:
     except OSError as error:
         raise RunError(f"the run directory {url} cannot be written: {error}") from error
     return writer
+
+
+def _failed_at_once(url: str) -> bool:
+    """Whether the run there ended before it made anything: a mistake was found, and mended."""
+    run = Run(url)
+    made = run.epochs("records") or run.epochs("checkpoints")
+    return run.status().state == "failed" and not made
 
 
 def open_run(url: str = "latest") -> Run:

@@ -108,7 +108,8 @@ def discriminator_step(
     d.requires_grad_(True)
     optimizer_d.zero_grad(set_to_none=True)
     # Real and fake pass separately, because BatchNorm would mix their statistics in one
-    # pass; and each has its backward before the other's forward, as DDP requires.
+    # pass; and each has its backward before the other's forward: with two backward passes
+    # after two forward passes, DDP would exchange one of them and not the other, silently.
     # The gradients add up, so only the second half needs the exchange between ranks.
     with d.no_sync() if isinstance(d, DDP) else contextlib.nullcontext():
         with _autocast(real.device, precision):
