@@ -89,7 +89,7 @@ class ProgressBar:
 def progress_text(record: Mapping[str, Any], epochs: int) -> str:
     """The newest record of a run of so many epochs, in one short line."""
     return (
-        f"epoch {record['epoch']:.0f}/{epochs} loss_d {record['loss_d']:.3f} "
+        f"epoch {record['epoch']}/{epochs} loss_d {record['loss_d']:.3f} "
         f"loss_g {record['loss_g']:.3f} {record['images_per_second']:.0f} images/s"
     )
 

@@ -23,6 +23,8 @@ from typing import Any
 
 import psutil
 import torch
+
+# Before any process group, or it keeps the group's port open: see gan_lib.ranks.
 import torch._dynamo
 import torch.distributed as dist
 from distributed import Client, Future, get_worker
@@ -144,13 +146,15 @@ class RankGroup:
     def _failures(self) -> list[_Failure]:
         failures = []
         for future in self._futures:
-            if future.status == "finished":
+            # Read once: it may change between two looks.
+            status = future.status
+            if status == "finished":
                 value = future.result()
                 if isinstance(value, _Failure):
                     failures.append(value)
-            elif future.done():
+            elif status != "pending":
                 # Dask's own failure: the task never ran, or was cancelled.
-                error = future.exception() if future.status == "error" else CancelledError()
+                error = future.exception() if status == "error" else CancelledError()
                 failures.append(_Failure(_LAST, error, error.__traceback__))
         return failures
 

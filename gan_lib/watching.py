@@ -53,9 +53,9 @@ def watch_run(run: Run, goes_on: Callable[[], bool]) -> None:
 
 def _newest_record(run: Run) -> dict[str, Any] | None:
     for epoch in reversed(run.epochs("records")):
-        records = run.records([epoch])
-        if len(records):
-            return records.iloc[-1].to_dict()
+        records = run.records([epoch]).to_dict("records")
+        if records:
+            return records[-1]
     return None
 
 
