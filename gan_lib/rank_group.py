@@ -127,10 +127,11 @@ class RankGroup:
             while self._still_running() and time.monotonic() < deadline:
                 time.sleep(0.1)
             self._error = self._cause()
-            self._client.cancel([f for f in self._futures if not f.done()])
+            if self._error is not None:
+                self._client.cancel([f for f in self._futures if not f.done()])
         return self._error
 
-    def _cause(self) -> BaseException:
+    def _cause(self) -> BaseException | None:
         gone = self._gone()
         if gone:
             # What the other ranks raised is that this one closed its connections.
@@ -140,8 +141,9 @@ class RankGroup:
                 "the workers that are left (launch goes on from the last checkpoint with "
                 "run=... and resume=True)"
             )
-        first = min(self._failures(), key=lambda failure: failure.order)
-        return first.error.with_traceback(first.traceback)
+        first = min(self._failures(), key=lambda failure: failure.order, default=None)
+        # None where a rank that seemed to be gone had ended well in the meantime.
+        return first and first.error.with_traceback(first.traceback)
 
     def _failures(self) -> list[_Failure]:
         failures = []
