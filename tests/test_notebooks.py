@@ -82,7 +82,14 @@ def test_parameters_are_plain_and_explained(name: str) -> None:
         if parameter in known:
             assert type(default) is type(known[parameter]), parameter
         else:
-            assert parameter in {"run", "n_workers", "address", "short_epochs", "n_images"}
+            assert parameter in {
+                "run",
+                "n_workers",
+                "address",
+                "short_epochs",
+                "n_images",
+                "columns",
+            }
 
 
 @pytest.mark.parametrize("name", NAMES)
