@@ -15,7 +15,7 @@ import socket
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from types import TracebackType
@@ -54,7 +54,12 @@ def start_ranks(
     arguments: dict[str, Any],
 ) -> dict[str, Future]:
     """Start one rank on each place; worker -> future, by rank."""
-    backend = _choose_backend(client, places, device)
+    gpus, backend = [0] * len(places), "gloo"
+    if device != "cpu":
+        seen = client.run(_visible_gpus, workers=[place.worker for place in places])
+        gpus, backend = pick_gpus(
+            [seen[place.worker] for place in places], [place.local_rank for place in places]
+        )
     first = places[0]
     job_id = uuid.uuid4().hex
     port = client.run(_listen, job_id, first.host, workers=[first.worker])[first.worker]
@@ -65,7 +70,7 @@ def start_ranks(
             arguments,
             rank=rank,
             world_size=len(places),
-            local_rank=place.local_rank,
+            gpu=gpus[rank],
             backend=backend,
             host=first.host,
             port=port,
@@ -191,7 +196,7 @@ def _work_as_rank(
     *,
     rank: int,
     world_size: int,
-    local_rank: int,
+    gpu: int,
     backend: str,
     host: str,
     port: int,
@@ -204,7 +209,7 @@ def _work_as_rank(
             "or start the workers with one thread each"
         )
     _use_dask_network()
-    os.environ["LOCAL_RANK"] = str(local_rank)
+    os.environ["LOCAL_RANK"] = str(gpu)
     listener = _LISTENERS.pop(job_id, None)
     store = dist.TCPStore(
         host,
@@ -298,15 +303,24 @@ def _visible_gpus() -> list[str]:
     return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
 
 
-def _choose_backend(client: Client, places: list[Place], device: str) -> str:
-    """NCCL if every rank has a GPU to itself; gloo otherwise, which NCCL refuses."""
-    if device == "cpu":
-        return "gloo"
-    seen = client.run(_visible_gpus, workers=[place.worker for place in places])
-    taken = set()
-    for place in places:
-        gpus = seen[place.worker]
-        if not gpus:
-            return "gloo"
-        taken.add(gpus[place.local_rank % len(gpus)])
-    return "nccl" if len(taken) == len(places) else "gloo"
+def pick_gpus(seen: Sequence[Sequence[str]], local_ranks: Sequence[int]) -> tuple[list[int], str]:
+    """Which of the GPUs that it sees each rank takes, and the backend that fits.
+
+    Args:
+        seen: identities of the GPUs that each rank sees, by rank.
+        local_ranks: numbers of the ranks on their machines, by rank.
+
+    Returns:
+        Indices into `seen`, by rank; and "nccl" if every rank has a GPU to itself,
+        otherwise "gloo", because NCCL refuses two ranks on one GPU.
+    """
+    if not all(seen):
+        return [0] * len(seen), "gloo"
+    # Workers that were given a GPU each see it first (`start_cluster`, dask-cuda); workers
+    # that nobody has told apart all see the same list.
+    own_first = [0] * len(seen)
+    by_local_rank = [n % len(gpus) for gpus, n in zip(seen, local_ranks, strict=True)]
+    for indices in (own_first, by_local_rank):
+        if len({gpus[i] for gpus, i in zip(seen, indices, strict=True)}) == len(seen):
+            return indices, "nccl"
+    return by_local_rank, "gloo"

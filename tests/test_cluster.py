@@ -21,6 +21,7 @@ from gan_lib.cluster import close_cluster, connect, launch, run_ranks
 from gan_lib.cluster import start_cluster as start
 from gan_lib.errors import ClusterError, ParameterError, RunError, SourceError
 from gan_lib.parameters import TrainingParameters
+from gan_lib.rank_group import pick_gpus
 from gan_lib.results import open_run
 from gan_lib.shipping import package_checksum
 from gan_lib.training import train_gan
@@ -179,6 +180,23 @@ def test_nothing_listens_beyond_this_machine(own_client: Client, tiny: TrainingP
     job.result(timeout=60)
     assert len(found) >= 4  # scheduler, dashboard, two workers
     assert {address.ip for address in found} <= {"127.0.0.1", "::1"}
+
+
+@pytest.mark.parametrize(
+    ("seen", "local_ranks", "indices", "backend"),
+    [
+        ([["a"], ["b"]], [0, 1], [0, 0], "nccl"),  # one visible to each
+        ([["a", "b"], ["b", "a"]], [0, 1], [0, 0], "nccl"),  # dask-cuda: its own first
+        ([["a", "b"], ["a", "b"]], [0, 1], [0, 1], "nccl"),  # nobody told them apart
+        ([["a", "b"], ["a", "b"], ["c"]], [0, 1, 0], [0, 1, 0], "nccl"),  # two machines
+        ([["a"], ["a"]], [0, 1], [0, 0], "gloo"),  # two ranks on one GPU
+        ([["a"], []], [0, 1], [0, 0], "gloo"),  # one without
+    ],
+)
+def test_gpus_are_shared_out(
+    seen: list[list[str]], local_ranks: list[int], indices: list[int], backend: str
+) -> None:
+    assert pick_gpus(seen, local_ranks) == (indices, backend)
 
 
 def test_where_no_scheduler_listens() -> None:
