@@ -183,12 +183,14 @@ def plot_bars(values: Mapping[str, float], title: str, unit: str) -> Figure:
 def plot_shares(shares: Sequence[Sequence[np.ndarray]], title: str) -> Figure:
     """Which rank sees which image in which step: `epoch_shares`' result as a map."""
     figure, axes = _figure(figsize=(9, 3.4))
+    n_images = sum(len(share) for step in shares for share in step)
     for rank in range(len(shares[0])):
         steps = np.concatenate([np.full(len(step[rank]), i) for i, step in enumerate(shares)])
         seen = np.concatenate([step[rank] for step in shares])
-        axes.scatter(steps, seen, s=3, label=f"rank {rank}")
+        axes.scatter(steps, seen, s=3 if n_images > 200 else 20, label=f"rank {rank}")
     _labelled(axes, title, "step", "index of the image")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=4)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=4 if n_images > 200 else 1)
     return figure
 
 
