@@ -149,7 +149,7 @@ def plot_losses(
     span = f"epoch {found[0]}" if len(found) == 1 else f"epochs {found[0]} to {found[-1]}"
     over = f", mean over {smooth} records" if smooth > 1 else ""
     _labelled(axes, f"losses, {span}{over}", "iteration", "loss (binary cross-entropy)")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
@@ -167,7 +167,7 @@ def plot_comparison(
     for name, table in records.items():
         axes.plot(table["iteration"], _smoothed(table[loss], smooth), label=name)
     _labelled(axes, f"loss of the {LOSS_LABELS[loss]}", "iteration", "loss")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 

@@ -29,6 +29,7 @@ import torch._dynamo
 import torch.distributed as dist
 from distributed import Client, Future, get_worker
 from distributed import wait as wait_for_futures
+from distributed.comm import get_address_host
 
 from gan_lib.errors import ClusterError
 
@@ -171,7 +172,8 @@ class RankGroup:
 
     def _gone(self) -> list[int]:
         # A task that is pinned to a worker waits for it for ever, also when it has died.
-        alive = self._client.scheduler_info()["workers"]
+        # nthreads() asks the scheduler; scheduler_info() may return what was last heard of it.
+        alive = self._client.nthreads()
         return [
             rank
             for rank, (future, worker) in enumerate(zip(self._futures, self.workers, strict=True))
@@ -267,7 +269,7 @@ def _use_dask_network() -> None:
     Their own choice follows the machine's host name, which on a laptop may be a
     network that others can reach and on a cluster one that leads nowhere.
     """
-    host = get_worker().address.rpartition("://")[2].rpartition(":")[0].strip("[]")
+    host = get_address_host(get_worker().address)
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == host for address in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
@@ -283,7 +285,7 @@ def find_places(client: Client, n_workers: int | None) -> list[Place]:
     wanted = n_workers or 1
     with contextlib.suppress(TimeoutError):
         client.wait_for_workers(wanted, timeout=SECONDS_TO_WAIT_FOR_WORKERS)
-    workers = client.scheduler_info()["workers"]
+    workers = client.nthreads()
     if len(workers) < wanted:
         raise ClusterError(
             f"the cluster has {len(workers)} workers and {wanted} are needed: "
@@ -291,8 +293,8 @@ def find_places(client: Client, n_workers: int | None) -> list[Place]:
         )
     places: list[Place] = []
     on_host: dict[str, int] = {}
-    for address in sorted(workers, key=lambda a: (workers[a]["host"], a))[: n_workers or None]:
-        host = workers[address]["host"]
+    for address in sorted(workers, key=lambda a: (get_address_host(a), a))[: n_workers or None]:
+        host = get_address_host(address)
         places.append(Place(address, host, local_rank=on_host.get(host, 0)))
         on_host[host] = on_host.get(host, 0) + 1
     return places
