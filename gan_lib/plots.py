@@ -211,13 +211,13 @@ def plot_progress(run: Run) -> Figure:
     return figure
 
 
-def animate_samples(run: Run, frames: int = 40, width: int = 384) -> DisplayImage:
+def animate_samples(run: Run, frames: int = 40, width: int = 256) -> DisplayImage:
     """The same latent vectors over the epochs, as a GIF.
 
     Args:
         run: whose samples.
         frames: at most this many epochs, evenly spread.
-        width: of the picture, in pixels.
+        width: of the picture, in pixels; small ones are enlarged by a whole number.
     """
     pictures = run.samples(_spread(run.epochs("samples"), frames))
     return DisplayImage(data=gif_bytes(list(pictures.values()), width), format="gif")
@@ -249,7 +249,7 @@ def animate_images(images: np.ndarray, width: int = 192) -> DisplayImage:
 
 def gif_bytes(frames: Sequence[np.ndarray], width: int, milliseconds: int = 120) -> bytes:
     """A GIF that repeats for ever; each frame is uint8, H x W x C."""
-    scale = max(1, round(width / frames[0].shape[1]))
+    scale = max(1, width // frames[0].shape[1])
     pages = []
     for frame in frames:
         page = Image.fromarray(frame.squeeze(-1) if frame.shape[-1] == 1 else frame)
