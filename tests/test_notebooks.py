@@ -236,7 +236,8 @@ def test_a_failing_cell_is_named_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
             nbformat.v4.new_code_cell("print('before')"),
             nbformat.v4.new_code_cell("wrong = 1 / seed"),
             nbformat.v4.new_code_cell("print('never')"),
-        ]
+        ],
+        metadata={"language_info": {"name": "python"}},
     )
     nbformat.write(notebook, tmp_path / "01_broken.ipynb")
     monkeypatch.setattr("gan_lib.profiles.FOLDER", tmp_path)
