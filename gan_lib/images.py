@@ -7,6 +7,7 @@ and training then reads memory.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -103,8 +104,6 @@ def prepare_images(
     if entry is not None and "package" in entry:
         images = _from_package(source, entry, image_size, channels)
         return images.limited(max_images)
-    if entry is not None:
-        storage_options = {"anon": entry["s3"]["anonymous"], **(storage_options or {})}
     files = _list_files(source, storage_options)
     if max_images and max_images < len(files.paths):
         chosen = np.linspace(0, len(files.paths) - 1, max_images).round().astype(int)
@@ -121,7 +120,14 @@ def check_source(source: str) -> None:
     entry = manifest.sources().get(source)
     if entry is not None and "package" in entry:
         _package_arrays(entry)
-    elif entry is None and not _is_remote(source):
+    elif entry is not None or _is_remote(source):
+        # The first level only: a bucket may hold a million files.
+        fs, root = _open_source(source, None)
+        with _listing(source):
+            found = fs.ls(root, detail=False)
+        if not found:
+            raise _not_there(source)
+    else:
         files = _list_files(source, None)
         looked_at = files.paths[:LOOK_AT]
         if len(files.paths) <= LOOK_AT and not any(_opens(path) for path in looked_at):
@@ -194,25 +200,52 @@ class _Files:
         return os.path.basename(folder if folder != self.root else self.root)
 
 
-def _list_files(source: str, storage_options: dict[str, Any] | None) -> _Files:
+def _open_source(
+    source: str, storage_options: dict[str, Any] | None
+) -> tuple[fsspec.AbstractFileSystem, str]:
+    """File system and path of a folder, a URL or a source of the manifest that is on S3."""
     entry = manifest.sources().get(source)
+    options = storage_options or {}
+    if entry is not None:
+        options = {"anon": entry["s3"]["anonymous"], **options}
     url = entry["s3"]["url"] if entry else source
-    if not _is_remote(url):
-        url = os.path.expanduser(url)
-    fs, root = fsspec.core.url_to_fs(url, **(storage_options or {}))
-    root = root.rstrip("/")
+    fs, root = fsspec.core.url_to_fs(url if _is_remote(url) else os.path.expanduser(url), **options)
+    return fs, root.rstrip("/")
+
+
+@contextlib.contextmanager
+def _listing(source: str) -> Iterator[None]:
+    """Whatever a file system raises while it lists, as one sentence."""
     try:
+        yield
+    except SourceError:
+        raise
+    except FileNotFoundError:
+        raise _not_there(source) from None
+    # Each remote file system has exceptions of its own, with no common ancestor.
+    except Exception as error:
+        entry = manifest.sources().get(source)
+        where = f"{source!r} ({entry['s3']['url']})" if entry else repr(source)
+        raise SourceError(
+            f"the source {where} cannot be listed: {error}. Check the address, the network and "
+            "the credentials, or name a folder on this machine"
+        ) from error
+
+
+def _not_there(source: str) -> SourceError:
+    return SourceError(
+        f"the source {source!r} does not exist: give a folder of class folders, "
+        f"or a source of data_manifest.json ({', '.join(manifest.sources())})"
+    )
+
+
+def _list_files(source: str, storage_options: dict[str, Any] | None) -> _Files:
+    fs, root = _open_source(source, storage_options)
+    with _listing(source):
         # `detail` tells an S3 folder marker of no bytes from a file.
         found = fs.find(root, detail=True)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{url} cannot be listed: {error}") from error
-    if not found and not fs.isdir(root):
-        known = ", ".join(manifest.sources())
-        what = "is a file, not a folder" if fs.exists(root) else "does not exist"
-        raise SourceError(
-            f"the source {source!r} {what}: give a folder of class folders, "
-            f"or a source of data_manifest.json ({known})"
-        )
+        if not found and not fs.isdir(root):
+            raise _not_there(source)
     if root in found:
         raise SourceError(f"the source {source!r} is a file, not a folder: name its folder")
     paths = sorted(p for p, info in found.items() if info["type"] == "file")

@@ -210,7 +210,9 @@ def train_gan(
         result = _run_epochs(training, batches, keeper, show)
     except Exception as error:
         if keeper is not None:
-            keeper.keep_status("failed", error=f"{type(error).__name__}: {error}")
+            # A full disk, say, must not hide why the run ended.
+            with contextlib.suppress(Exception):
+                keeper.keep_status("failed", error=f"{type(error).__name__}: {error}")
         raise
     if keeper is not None:
         keeper.keep_status("stopped" if result.stopped else "finished")
@@ -311,7 +313,7 @@ def _run_epochs(
 ) -> TrainingResult:
     p, ranks = training.parameters, training.ranks
     first_epoch, first_iteration = training.epoch, training.iteration
-    todo = p.epochs - first_epoch
+    todo = max(0, p.epochs - first_epoch)
     n_images = 0
     stopped = False
     all_records: list[dict[str, Any]] = []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,21 @@ def test_images_from_s3(folder: Path, s3: str) -> None:
     there, here = prepare_images(f"{s3}/dogs", 16), prepare_images(str(folder), 16)
     assert there.classes == here.classes
     np.testing.assert_array_equal(there.pixels, here.pixels)
+
+
+def test_what_s3_does_not_have(folder: Path, s3: str) -> None:
+    for place in (f"{s3}/no-such-prefix", "s3://no-such-bucket/dogs"):
+        for call in (check_source, lambda source: prepare_images(source, 16)):
+            with pytest.raises(SourceError, match=r"does not exist|cannot be listed"):
+                call(place)
+
+
+def test_where_no_s3_server_answers() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        closed = probe.getsockname()[1]
+    options = {"anon": True, "endpoint_url": f"http://127.0.0.1:{closed}"}
+    with pytest.raises(SourceError, match=r"cannot be listed.*Check the address, the network"):
+        prepare_images("s3://bucket/dogs", 16, storage_options=options)
 
 
 def test_only_arrays_are_unpickled() -> None:

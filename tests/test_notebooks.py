@@ -120,7 +120,9 @@ def test_every_training_parameter_can_be_set_where_training_happens() -> None:
 
 
 @pytest.mark.parametrize("profile", sorted(path.stem for path in PROFILES.glob("*.yaml")))
-def test_profiles_fit_the_notebooks(profile: str) -> None:
+def test_profiles_fit_the_notebooks(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Names, types and values; whether a public bucket answers is not this project's to test.
+    monkeypatch.setattr("gan_lib.profiles.check_source", lambda source: None)
     check_parameters(NAMES, read_profile(profile))
 
 
