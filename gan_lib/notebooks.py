@@ -68,8 +68,9 @@ def run_notebooks(
         values = {**values, "run": run}
     target = Path(folder).resolve() if folder else EXECUTED / label
     (target / "pictures").mkdir(parents=True, exist_ok=True)
+    # papermill adds a cell with the parameters to each.
     total = sum(
-        len(nbformat.read(profiles.FOLDER / f"{n}.ipynb", as_version=4).cells) for n in names
+        len(nbformat.read(profiles.FOLDER / f"{n}.ipynb", as_version=4).cells) + 1 for n in names
     )
     with _headless(), _SeriesProgress(total) as progress:
         for name in names:
@@ -115,6 +116,8 @@ def _execute(
             cwd=profiles.FOLDER,
             stdout_file=progress,
             on_cell=progress.cell_done,
+            # Otherwise each kernel warns that it talks to us unencrypted, over loopback.
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
     except PapermillExecutionError as error:
         first_line = next((line for line in error.source.splitlines() if line.strip()), "")
@@ -155,7 +158,11 @@ class _SeriesProgress:
     def __init__(self, n_cells: int) -> None:
         self._live = sys.stderr.isatty()
         self._cells = tqdm(total=n_cells, unit="cell", disable=not self._live, position=0)
-        self._inner = tqdm(unit="step", disable=not self._live, position=1, leave=False)
+        # Without times: those of the bar's own making would be wrong, the text has the rate.
+        shape = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+        self._inner = tqdm(
+            total=1, disable=not self._live, position=1, leave=False, bar_format=shape
+        )
         self._name = ""
         self._printed_at = 0.0
         self._started = time.monotonic()
@@ -178,7 +185,6 @@ class _SeriesProgress:
             if self._live:
                 self._inner.set_description(state.description)
                 self._inner.total, self._inner.n = state.total, state.done
-                self._inner.unit = state.unit
                 self._inner.set_postfix_str(state.text)
             elif time.monotonic() - self._printed_at > 2 * SECONDS_BETWEEN_LINES:
                 self._printed_at = time.monotonic()
