@@ -159,7 +159,7 @@ class _SeriesProgress:
         self._live = sys.stderr.isatty()
         self._cells = tqdm(total=n_cells, unit="cell", disable=not self._live, position=0)
         # Without times: those of the bar's own making would be wrong, the text has the rate.
-        shape = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+        shape = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
         self._inner = tqdm(
             total=1, disable=not self._live, position=1, leave=False, bar_format=shape
         )

@@ -6,7 +6,6 @@ import ast
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
@@ -196,11 +195,9 @@ def test_a_wrong_profile_ends_in_one_sentence(
         change = {"source": str(tmp_path / "texts")}
     profile = tmp_path / "wrong.yaml"
     profile.write_text(yaml.safe_dump(read_profile("tiny") | change))
-    before = time.monotonic()
     done = command("--profile", str(profile), "--out", str(tmp_path / "out"))
-    assert time.monotonic() - before < 60  # nothing was executed
     assert done.returncode == 2
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists()  # nothing was executed
     assert "Traceback" not in done.stderr + done.stdout
     sentence = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(sentence) == 1
