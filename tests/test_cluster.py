@@ -233,10 +233,11 @@ def foreign_cluster(folder: Path) -> Iterator[str]:
             time.sleep(0.1)
         yield json.loads(scheduler_file.read_text())["address"]
     finally:
-        for process in reversed(processes):  # the scheduler last, so that workers part in order
-            process.terminate()
+        # How they part is not what is tested, and on a busy machine it can take long.
         for process in processes:
-            process.wait(timeout=30)
+            process.kill()
+        for process in processes:
+            process.wait()
 
 
 def test_a_cluster_without_gan_lib_gets_it(tiny: TrainingParameters, tmp_path: Path) -> None:
