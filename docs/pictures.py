@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from gan_lib import plots
-from gan_lib.images import prepare_images
+from gan_lib.images import evenly_spread, prepare_images
 from gan_lib.results import open_run
 
 HERE = Path(__file__).parent
@@ -28,7 +28,7 @@ def main(url: str) -> None:
     records = run.records()
     plots.plot_losses(records, smooth=25).savefig(HERE / "losses.png", dpi=70)
     epochs = run.epochs("samples")
-    chosen = [epochs[i] for i in np.linspace(0, len(epochs) - 1, FRAMES).round().astype(int)]
+    chosen = [epochs[i] for i in evenly_spread(FRAMES, len(epochs))]
     # The upper left quarter of the grid: 4 x 4 of its 8 x 8 images.
     corner = 4 * p.image_size
     frames = [picture[:corner, :corner] for picture in run.samples(chosen).values()]

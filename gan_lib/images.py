@@ -71,8 +71,13 @@ class ImageSet:
         """At most `max_images` images, spread over the whole set; 0 means all of them."""
         if max_images == 0 or max_images >= len(self):
             return self
-        chosen = np.linspace(0, len(self) - 1, max_images).round().astype(np.int64)
+        chosen = evenly_spread(max_images, len(self))
         return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen])
+
+
+def evenly_spread(n: int, total: int) -> np.ndarray:
+    """`n` of the indices 0 to `total` - 1, from the first to the last at even distances."""
+    return np.linspace(0, total - 1, n).round().astype(np.int64)
 
 
 def prepare_images(
@@ -106,7 +111,7 @@ def prepare_images(
         return images.limited(max_images)
     files = _list_files(source, storage_options)
     if max_images and max_images < len(files.paths):
-        chosen = np.linspace(0, len(files.paths) - 1, max_images).round().astype(int)
+        chosen = evenly_spread(max_images, len(files.paths))
         files = replace(files, paths=tuple(files.paths[i] for i in chosen))
     return _from_files(source, files, image_size, channels, crop, progress)
 

@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from gan_lib.images import ImageSet
+from gan_lib.images import ImageSet, evenly_spread
 from gan_lib.models import Generator, latent_vectors, render
 from gan_lib.results import LOSSES, Run, image_grid
 
@@ -310,7 +310,7 @@ def _smoothed(values: pd.Series, window: int) -> pd.Series:
 def _spread(epochs: Sequence[int], n: int) -> list[int]:
     if len(epochs) <= n:
         return list(epochs)
-    return [epochs[i] for i in np.linspace(0, len(epochs) - 1, n).round().astype(int)]
+    return [epochs[i] for i in evenly_spread(n, len(epochs))]
 
 
 def _slerp(a: np.ndarray, b: np.ndarray, t: float) -> np.ndarray:

@@ -128,7 +128,7 @@ class RunWriter:
         self.submit_result(STATUS, json.dumps({"state": state, "time": time.time(), **details}))
 
 
-def create_run(url: str, parameters: TrainingParameters) -> RunWriter:
+def create_run(url: str, parameters: TrainingParameters) -> None:
     """Reserve a run directory: nothing that an earlier run left there is touched.
 
     Raises:
@@ -144,7 +144,6 @@ def create_run(url: str, parameters: TrainingParameters) -> RunWriter:
         writer.set_status("waiting")
     except OSError as error:
         raise RunError(f"the run directory {url} cannot be written: {error}") from error
-    return writer
 
 
 def _failed_at_once(url: str) -> bool:

@@ -194,7 +194,8 @@ def train_gan(
             p.source, p.image_size, p.channels, p.crop, p.max_images, progress=show
         )
     _check_images(images, parameters)
-    ranks.require_equal("parameters and images", (parameters.to_dict(), images.checksum(), resume))
+    checksum = images.checksum()
+    ranks.require_equal("parameters and images", (parameters.to_dict(), checksum, resume))
     batches = Batches(images, parameters, ranks.rank, ranks.world_size, device)
 
     training = _Training(parameters, ranks, device)
@@ -205,7 +206,7 @@ def train_gan(
             training.load(ranks.from_first(lambda: open_run(run).checkpoint()))
     keeper = Keeper(run, results, parameters) if ranks.rank == 0 else None
     if keeper is not None:
-        keeper.keep_parameters(_describe(training, images, batches))
+        keeper.keep_parameters(_describe(training, batches, checksum))
     try:
         result = _run_epochs(training, batches, keeper, show)
     except Exception as error:
@@ -388,7 +389,8 @@ def _check_images(images: ImageSet, p: TrainingParameters) -> None:
         )
 
 
-def _describe(training: _Training, images: ImageSet, batches: Batches) -> dict[str, Any]:
+def _describe(training: _Training, batches: Batches, images_sha256: str) -> dict[str, Any]:
+    images = batches.images
     return {
         "parameters": training.parameters.to_dict(),
         "world_size": training.ranks.world_size,
@@ -400,7 +402,7 @@ def _describe(training: _Training, images: ImageSet, batches: Batches) -> dict[s
         "images": len(images),
         "classes": len(images.classes),
         "skipped": len(images.skipped),
-        "images_sha256": images.checksum(),
+        "images_sha256": images_sha256,
         "steps_per_epoch": batches.steps_per_epoch,
         "versions": {
             "gan_lib": gan_lib.__version__,

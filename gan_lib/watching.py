@@ -33,16 +33,19 @@ def watch_run(run: Run, goes_on: Callable[[], bool]) -> None:
         if not goes_on():
             return
         time.sleep(SECONDS_BETWEEN_LOOKS)
-    total = run.info()["steps_per_epoch"] * run.parameters.epochs
+    steps_per_epoch = run.info()["steps_per_epoch"]
+    total = steps_per_epoch * run.parameters.epochs
     with ProgressBar(total, "training", "step") as bar:
         while True:
             # Asked before the look, so that the last look comes after the end.
             going = goes_on()
             last = _newest_record(run)
             if last is not None:
-                done = last["epoch"] * run.info()["steps_per_epoch"]
-                # Between two records nobody knows more than the last one says.
-                now = last["iteration"] if going else max(done, last["iteration"])
+                # Between two records nobody knows more than the last one says; a run that ended
+                # well has also done the steps after it.
+                now = last["iteration"]
+                if not going and run.status().state in ("finished", "stopped"):
+                    now = last["epoch"] * steps_per_epoch
                 bar.update(now - bar.done, progress_text(last, run.parameters.epochs))
                 picture.update()
             if not going:
