@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import dask
@@ -18,11 +17,12 @@ from dask.system import CPU_COUNT
 from distributed import Client, Future, LocalCluster, Nanny, Scheduler, SpecCluster
 
 from gan_lib.errors import ClusterError, RunError
-from gan_lib.images import resolve_source
+from gan_lib.listing import resolve_source
 from gan_lib.parameters import TrainingParameters
 from gan_lib.rank_group import RankGroup, find_places, start_ranks
 from gan_lib.results import PARAMETERS, STOP, Run, RunWriter, create_run, new_run_url, open_run
 from gan_lib.shipping import ship_package
+from gan_lib.storage import absolute
 from gan_lib.training import train_gan
 from gan_lib.watching import watch_run
 
@@ -110,7 +110,7 @@ def launch(
     parameters = parameters.replace(source=resolve_source(parameters.source))
     places = find_places(client, n_workers)
     ship_package(client)
-    url = _absolute(run or new_run_url())
+    url = absolute(run or new_run_url())
     if resume:
         open_run(url)  # raises if there is none
         RunWriter(url).remove(STOP)  # a request that came too late for the last job
@@ -208,10 +208,6 @@ class Job(RankGroup):
 
 def _sees_run(url: str) -> bool:
     return RunWriter(url).exists(PARAMETERS)
-
-
-def _absolute(url: str) -> str:
-    return url if "://" in url else str(Path(url).expanduser().resolve())
 
 
 # glibc gives freed memory back above this many bytes, and Dask's nanny sets 64 KiB so that

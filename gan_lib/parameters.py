@@ -15,9 +15,10 @@ from difflib import get_close_matches
 from typing import Any
 
 from gan_lib.errors import ParameterError
+from gan_lib.storage import refuse_credentials
 
 IMAGE_SIZES = (16, 32, 64, 128, 256)
-CROPS = ("center", "squash")
+CROPS = ("center", "squash", "box")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "bfloat16")
 
@@ -37,7 +38,7 @@ class TrainingParameters:
     source: str = "dog-silhouettes"  # a name in data_manifest.json, or a folder of class folders
     image_size: int = 64  # pixels per side: 16, 32, 64, 128 or 256
     channels: int = 3  # 1 for grey, 3 for RGB
-    crop: str = "center"  # "center" keeps proportions and cuts; "squash" keeps everything
+    crop: str = "center"  # "center" cuts the middle out; "squash" keeps all; "box" cuts to boxes
     max_images: int = 0  # train on this many images, spread over the classes; 0 means all
 
     # The two networks
@@ -80,6 +81,7 @@ class TrainingParameters:
     def _check_values(self) -> None:
         if not self.source.strip():
             raise ParameterError("source is empty: name a data source or a folder of class folders")
+        refuse_credentials("source", self.source)
         _require_choice("image_size", self.image_size, IMAGE_SIZES)
         _require_choice("channels", self.channels, (1, 3))
         _require_choice("crop", self.crop, CROPS)

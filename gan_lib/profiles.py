@@ -17,7 +17,7 @@ import nbformat
 import yaml
 
 from gan_lib.errors import ParameterError
-from gan_lib.images import check_source, resolve_source
+from gan_lib.listing import check_source, resolve_source
 from gan_lib.parameters import TrainingParameters, check_type, refuse_unknown_names
 
 CHECKOUT = Path(__file__).parents[1]

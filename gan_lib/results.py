@@ -37,6 +37,7 @@ from PIL import Image
 from gan_lib.errors import RunError
 from gan_lib.models import Generator, generate_images
 from gan_lib.parameters import TrainingParameters
+from gan_lib.storage import Folder, refuse_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -80,48 +81,23 @@ class ResultsHandler(Protocol):
     def submit_result(self, path: str, data: str | bytes) -> None: ...
 
 
-class RunWriter:
+class RunWriter(Folder):
     """Writes files of one run directory, each whole or not at all.
 
     Args:
         url: a path or any fsspec URL.
+
+    Raises:
+        ParameterError: if the URL holds a credential.
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url
-        self.fs, self.root = fsspec.core.url_to_fs(url)
-        self._is_local = isinstance(self.fs, fsspec.implementations.local.LocalFileSystem)
+        refuse_credentials("run", url)
+        super().__init__(url)
 
     def submit_result(self, path: str, data: str | bytes) -> None:
         """Put a file in place, replacing an older one of that name."""
-        data = data.encode() if isinstance(data, str) else data
-        target = f"{self.root}/{path}"
-        if not self._is_local:
-            # An object store shows an object only once it is complete.
-            self.fs.pipe_file(target, data)
-            return
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        aside = f"{target}.{uuid.uuid4().hex}.part"
-        try:
-            with open(aside, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, target)
-        finally:
-            if os.path.exists(aside):
-                os.remove(aside)
-
-    def remove(self, path: str) -> None:
-        """Delete a file, if it is there."""
-        target = f"{self.root}/{path}"
-        if self.fs.exists(target):
-            self.fs.rm(target)
-
-    def exists(self, path: str) -> bool:
-        """Whether the file is there now."""
-        self.fs.invalidate_cache()
-        return self.fs.exists(f"{self.root}/{path}")
+        self.write(path, data.encode() if isinstance(data, str) else data)
 
     def set_status(self, state: str, **details: Any) -> None:
         """Say what the run is doing: "waiting", "training", "stopped", "finished" or "failed"."""

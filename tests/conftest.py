@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,10 @@ from gan_lib.parameters import TrainingParameters
 
 # Lines in place of bars: the tests' output is a log.
 os.environ["GAN_LIB_HEADLESS"] = "1"
+# Prepared images go where the tests' own process, its cluster and its notebooks find them,
+# and away with it.
+_CACHE = tempfile.TemporaryDirectory(prefix="gan-lib-cache-")
+os.environ["GAN_LIB_CACHE"] = _CACHE.name
 # The ranks of the cluster and the tests themselves share the cores.
 torch.set_num_threads(1)
 

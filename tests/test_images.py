@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gan_lib import images, manifest
+from gan_lib import embedded, manifest
+from gan_lib.decoding import decode_image
 from gan_lib.errors import SourceError
-from gan_lib.images import check_source, decode_image, prepare_images
+from gan_lib.images import prepare_images
+from gan_lib.listing import check_source
 
 
 def save(path: Path, pixels: np.ndarray | Image.Image, **options: object) -> None:
@@ -156,7 +158,7 @@ def test_images_from_s3(folder: Path, s3: str) -> None:
 def test_what_s3_does_not_have(folder: Path, s3: str) -> None:
     for place in (f"{s3}/no-such-prefix", "s3://no-such-bucket/dogs"):
         for call in (check_source, lambda source: prepare_images(source, 16)):
-            with pytest.raises(SourceError, match=r"does not exist|cannot be listed"):
+            with pytest.raises(SourceError, match=r"does not exist|cannot be read"):
                 call(place)
 
 
@@ -164,7 +166,7 @@ def test_where_no_s3_server_answers() -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         closed = probe.getsockname()[1]
     options = {"anon": True, "endpoint_url": f"http://127.0.0.1:{closed}"}
-    with pytest.raises(SourceError, match=r"cannot be listed.*Check the address, the network"):
+    with pytest.raises(SourceError, match=r"cannot be read.*check the address, the network"):
         prepare_images("s3://bucket/dogs", 16, storage_options=options)
 
 
@@ -174,7 +176,7 @@ def test_only_arrays_are_unpickled() -> None:
             return print, ("run by a pickle",)
 
     with pytest.raises(pickle.UnpicklingError, match="not part of an array"):
-        images._ArrayUnpickler(__import__("io").BytesIO(pickle.dumps(Attack()))).load()
+        embedded._ArrayUnpickler(__import__("io").BytesIO(pickle.dumps(Attack()))).load()
 
 
 def test_package_data_with_another_checksum_are_refused() -> None:

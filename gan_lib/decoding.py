@@ -1,0 +1,101 @@
+"""One image file -> pixels: upright, opaque, cut to a square and shrunk."""
+
+from __future__ import annotations
+
+import io
+import math
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# left, upper, right, lower, in pixels of the file
+Box = tuple[float, float, float, float]
+
+
+def decode_image(
+    data: bytes, image_size: int, channels: int, crop: str = "center", box: Box | None = None
+) -> np.ndarray:
+    """Decode one image file: uint8, image_size x image_size x channels.
+
+    Turns it upright by its EXIF tag, puts transparent pixels on white, and takes
+    the first frame of an animation.
+
+    Args:
+        data: the file.
+        image_size: pixels per side of the result.
+        channels: 1 for grey, 3 for RGB.
+        crop: "center" cuts the largest square out of the middle; "squash" keeps
+            everything and loses the proportions; "box" cuts a square around `box`.
+        box: what "box" is to show: left, upper, right, lower, in pixels of the file.
+
+    Raises:
+        ValueError or OSError: with the reason, if the bytes are not a whole image.
+    """
+    if not data:
+        raise ValueError("the file is empty")
+    with Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        region = _region(width, height, crop, box)
+        # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size at a fraction of the time;
+        # twice the wanted size is left for the antialiased resize.
+        wanted = 2 * image_size / min(region[2] - region[0], region[3] - region[1])
+        image.draft("RGB", (math.ceil(wanted * width), math.ceil(wanted * height)))
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 2**63):
+            raise ValueError(f"{width} x {height} pixels are too many to decode safely")
+        image.load()
+        x, y = image.width / width, image.height / height
+        scaled = (region[0] * x, region[1] * y, region[2] * x, region[3] * y)
+        whole = _without_alpha(_to_eight_bits(image)).convert("L" if channels == 1 else "RGB")
+    small = whole.resize((image_size, image_size), Image.Resampling.BICUBIC, box=scaled)
+    # A square is as well turned after it has been made small.
+    upright = ImageOps.exif_transpose(small)
+    return np.asarray(upright).reshape(image_size, image_size, channels)
+
+
+def _region(width: int, height: int, crop: str, box: Box | None) -> Box:
+    """The part of an image that is kept."""
+    if crop == "squash":
+        return (0, 0, width, height)
+    left, upper, right, lower = box if crop == "box" and box is not None else (0, 0, width, height)
+    # A square that shows all of the box, as far as the image reaches.
+    side = min(max(right - left, lower - upper), width, height)
+    x = min(max((left + right - side) / 2, 0), width - side)
+    y = min(max((upper + lower - side) / 2, 0), height - side)
+    return (x, y, x + side, y + side)
+
+
+def read_boxes(annotation: bytes) -> list[Box]:
+    """The boxes of a PASCAL VOC annotation, in the order of the file.
+
+    Raises:
+        ValueError: if it is not one, or has no box.
+    """
+    try:
+        root = ElementTree.fromstring(annotation)
+        boxes = [
+            tuple(float(box.findtext(side, "")) for side in ("xmin", "ymin", "xmax", "ymax"))
+            for box in root.iter("bndbox")
+        ]
+    except (ElementTree.ParseError, ValueError) as error:
+        raise ValueError(f"its annotation cannot be read: {error}") from None
+    boxes = [(a, b, c, d) for a, b, c, d in boxes if c > a and d > b]
+    if not boxes:
+        raise ValueError("its annotation holds no box")
+    return boxes
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    # Pillow's own conversion of 16-bit grey clips at 255 and leaves a white square.
+    if image.mode.startswith("I;16") or image.mode == "I":
+        eight = (np.asarray(image, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(eight)
+    return image
+
+
+def _without_alpha(image: Image.Image) -> Image.Image:
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image)
+    return image

@@ -1,0 +1,337 @@
+"""Where images are: a source by its name, folder or URL, and the files that it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from PIL import Image
+
+from gan_lib import manifest
+from gan_lib.embedded import package_arrays
+from gan_lib.errors import SourceError
+from gan_lib.storage import (
+    absolute,
+    is_remote,
+    local_cache,
+    prepared_cache,
+    refuse_credentials,
+    without_secrets,
+)
+
+# How many files `check_source` opens before it trusts the rest of a folder.
+LOOK_AT = 20
+# Class folders listed at the same time: an object store lists 1,000 files per request.
+LIST_AT_ONCE = 16
+# An image file is smaller; an archive that lies next to the images is not read.
+LARGEST_FILE = 256 * 2**20
+# What a request may take, in seconds, before it is tried again. Without this, botocore waits
+# for a minute, five times.
+_S3_PATIENCE = {"connect_timeout": 5, "read_timeout": 15}
+# What different file systems call the version of a file.
+_STAMPS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "updated", "mtime")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A place with images.
+
+    Attributes:
+        name: as it was given.
+        url: the folder, as a path or an fsspec URL.
+        options: for its file system; may hold credentials, and is never shown.
+    """
+
+    name: str
+    url: str
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def open(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        """Its file system, and the folder's path there."""
+        fs, root = fsspec.core.url_to_fs(self.url, **self.options)
+        return fs, root.rstrip("/")
+
+    def beside(self, folder: str) -> Source:
+        """The folder of that name next to this one."""
+        return replace(self, url=f"{self.url.rstrip('/').rpartition('/')[0]}/{folder}")
+
+    def clean(self, error: object) -> str:
+        """What an error says, without a credential."""
+        return without_secrets(str(error), self.options)
+
+    def __str__(self) -> str:
+        return repr(self.name) if self.name == self.url else f"{self.name!r} ({self.url})"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a source.
+
+    Attributes:
+        source: which.
+        root: its folder, as its file system names it.
+        paths: below the folder, sorted.
+        sizes: in bytes, of each path.
+        fingerprint: SHA-256 of paths, sizes and versions: another if a file changes.
+        skipped: pairs of path and reason, for what can be no image.
+    """
+
+    source: Source
+    root: str
+    paths: tuple[str, ...]
+    sizes: tuple[int, ...]
+    fingerprint: str
+    skipped: tuple[tuple[str, str], ...] = ()
+
+    def class_of(self, path: str) -> str:
+        """The name of the folder that a file lies in."""
+        return os.path.basename(os.path.dirname(f"{self.root}/{path}"))
+
+    def chosen(self, indices: list[int]) -> Listing:
+        """Only some of the files."""
+        paths = tuple(self.paths[i] for i in indices)
+        return replace(self, paths=paths, sizes=tuple(self.sizes[i] for i in indices))
+
+
+def fetched_folder(name: str) -> Path:
+    """Where `python -m gan_lib data fetch` unpacks a source of the manifest."""
+    return Path(local_cache(), "sources", name)
+
+
+def find_source(source: str, storage_options: Mapping[str, Any] | None = None) -> Source:
+    """The place behind a name of data_manifest.json, a folder, or an fsspec URL.
+
+    Raises:
+        SourceError: if the name is that of a source without files.
+        ParameterError: if the URL holds a credential.
+    """
+    refuse_credentials("source", source)
+    options = dict(storage_options or {})
+    entry = manifest.sources().get(source)
+    if entry is not None:
+        if "s3" not in entry:
+            raise SourceError(f"the source {source!r} has no files of its own: it is a package")
+        fetched = fetched_folder(source) / "Images"
+        if fetched.is_dir():
+            return Source(source, str(fetched))
+        url = entry["s3"]["url"]
+        options = {"anon": entry["s3"]["anonymous"], **options}
+    else:
+        url = source if is_remote(source) else absolute(source)
+    if url.startswith(("s3://", "s3a://")):
+        options["config_kwargs"] = {**_S3_PATIENCE, **options.get("config_kwargs", {})}
+    return Source(source, url, options)
+
+
+def resolve_source(source: str) -> str:
+    """The source as another process can read it: a local folder by its absolute path."""
+    return source if source in manifest.sources() else absolute(source)
+
+
+def list_files(source: Source) -> Listing:
+    """All files below a source.
+
+    Raises:
+        SourceError: if it is not there, cannot be read, is a file, or holds no file.
+    """
+    with _one_sentence(source):
+        fs, root = source.open()
+        # Another call may have listed it before, and files come and go.
+        fs.invalidate_cache()
+        if isinstance(fs, LocalFileSystem):
+            files, skipped = _walk(source, root)
+        else:
+            files, skipped = _find(source, fs, root), []
+    if not files and not skipped:
+        raise SourceError(f"the folder {source} is empty: put class folders of images into it")
+    files.sort()
+    digest = hashlib.sha256()
+    for path, size, stamp in files:
+        digest.update(f"{path}\0{size}\0{stamp}\n".encode(errors="surrogateescape"))
+    for path, size, _ in files:
+        if size > LARGEST_FILE:
+            skipped.append((path, f"{size / 2**20:.0f} MB is no image file"))
+    usable = [(path, size) for path, size, _ in files if size <= LARGEST_FILE]
+    return Listing(
+        source,
+        root,
+        paths=tuple(path for path, _ in usable),
+        sizes=tuple(size for _, size in usable),
+        fingerprint=digest.hexdigest(),
+        skipped=tuple(sorted(skipped)),
+    )
+
+
+def check_source(source: str) -> None:
+    """Find out within seconds whether a source can be used, without reading all of it.
+
+    Raises:
+        SourceError: if it is not there, or the first files of it hold no image.
+    """
+    entry = manifest.sources().get(source)
+    if entry is not None and "package" in entry:
+        package_arrays(entry)
+        return
+    place = find_source(source)
+    if is_remote(place.url):
+        # The first level only: a bucket may hold a million files.
+        with _one_sentence(place):
+            fs, root = place.open()
+            found = fs.ls(root, detail=False)
+        if not found:
+            raise not_there(place)
+    else:
+        files = list_files(place)
+        if len(files.paths) <= LOOK_AT and not any(
+            _opens(f"{files.root}/{path}") for path in files.paths
+        ):
+            raise no_images(files)
+
+
+def not_there(source: Source) -> SourceError:
+    """The error for a place that does not exist."""
+    return SourceError(
+        f"the source {source} does not exist: give a folder of class folders, "
+        f"or a source of data_manifest.json ({', '.join(manifest.sources())})"
+    )
+
+
+def no_images(files: Listing, reasons: Iterable[str] = ()) -> SourceError:
+    """The error for a place in which nothing is an image, with what was found instead."""
+    names = [*files.paths, *(path for path, _ in files.skipped)]
+    kinds = Counter(os.path.splitext(path)[1].lower() or "no ending" for path in names)
+    found = ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common(5))
+    common = Counter([*reasons, *(why for _, why in files.skipped)]).most_common(3)
+    why = f"; {', '.join(f'{n} x {why}' for why, n in common)}" if common else ""
+    return SourceError(
+        f"none of the {len(names)} files in {files.source} is an image that can be read "
+        f"(found: {found}{why}): give a folder of class folders of images"
+    )
+
+
+def cannot_be_read(source: Source, error: BaseException) -> SourceError:
+    """What a file system raised for the whole of a source, as one sentence with its cure."""
+    said = source.clean(error) or type(error).__name__
+    if isinstance(error, PermissionError):
+        cure = (
+            "check the keys (for S3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, and a session token "
+            'that may have expired), or pass storage_options={"anon": True} for a public bucket'
+        )
+    elif type(error).__name__ == "NoCredentialsError":
+        cure = (
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or pass "
+            'storage_options={"anon": True} for a public bucket'
+        )
+    else:
+        cure = "check the address, the network and the credentials, or name a folder here"
+    return SourceError(f"the source {source} cannot be read: {said}. To mend it, {cure}")
+
+
+@contextlib.contextmanager
+def _one_sentence(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except SourceError:
+        raise
+    except FileNotFoundError:
+        raise not_there(source) from None
+    # Each remote file system has exceptions of its own, with no common ancestor. What they
+    # chain may show a request with its keys, so the chain ends here.
+    except Exception as error:
+        raise cannot_be_read(source, error) from None
+
+
+# path below the root, bytes, version
+_File = tuple[str, int, str]
+
+
+def _find(source: Source, fs: fsspec.AbstractFileSystem, root: str) -> list[_File]:
+    top = fs.ls(root, detail=True)
+    if [info["name"].rstrip("/") for info in top] == [root] and top[0]["type"] == "file":
+        raise SourceError(f"the source {source} is a file, not a folder: name its folder")
+    folders = [info["name"] for info in top if info["type"] == "directory"]
+    found = {info["name"]: info for info in top if info["type"] == "file"}
+    with ThreadPoolExecutor(LIST_AT_ONCE) as pool:
+        for below in pool.map(lambda folder: fs.find(folder, detail=True), folders):
+            found |= below
+    files = []
+    for path, info in found.items():
+        # An object whose name ends with a slash marks a folder.
+        if info["type"] == "file" and not path.endswith("/"):
+            stamp = next((str(info[name]) for name in _STAMPS if info.get(name)), "")
+            files.append((path[len(root) + 1 :], info["size"] or 0, stamp))
+    if not files and not folders:
+        raise not_there(source)
+    return files
+
+
+def _walk(source: Source, root: str) -> tuple[list[_File], list[tuple[str, str]]]:
+    if not os.path.lexists(root):
+        raise not_there(source)
+    if not os.path.isdir(root):
+        raise SourceError(f"the source {source} is a file, not a folder: name its folder")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise SourceError(f"the folder {source} may not be read: change its permissions")
+    files: list[_File] = []
+    skipped: list[tuple[str, str]] = []
+    whole = os.path.realpath(root)
+    cache = absolute(prepared_cache()) if not is_remote(prepared_cache()) else ""
+    followed: set[str] = set()
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            entries = sorted(os.scandir(os.path.join(root, folder)), key=lambda e: e.name)
+        except OSError as error:
+            skipped.append((folder, f"cannot be read: {error.strerror}"))
+            continue
+        if not entries and folder:
+            skipped.append((folder, "an empty folder"))
+        for entry in entries:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            try:
+                info = entry.stat()
+            except OSError as error:
+                kind = "a link that leads nowhere" if entry.is_symlink() else "cannot be read"
+                skipped.append((path, f"{kind}: {error.strerror}"))
+                continue
+            if stat.S_ISREG(info.st_mode):
+                files.append((path, info.st_size, str(info.st_mtime_ns)))
+            elif not stat.S_ISDIR(info.st_mode):
+                skipped.append((path, "neither a file nor a folder"))
+            elif entry.is_symlink() and not _leads_elsewhere(entry.path, whole, followed):
+                skipped.append((path, "a link to a folder that is read already, or in a circle"))
+            elif os.path.realpath(entry.path) != cache:
+                waiting.append(path)
+    return files, skipped
+
+
+def _leads_elsewhere(link: str, whole: str, followed: set[str]) -> bool:
+    """Whether a link to a folder brings new files: each folder is read once."""
+    target = os.path.realpath(link)
+    inside = target == whole or target.startswith(whole + os.sep)
+    around = whole.startswith(target.rstrip(os.sep) + os.sep)
+    again = any(target == f or target.startswith(f + os.sep) for f in followed)
+    if inside or around or again:
+        return False
+    followed.add(target)
+    return True
+
+
+def _opens(path: str) -> bool:
+    try:
+        with Image.open(path):
+            return True
+    # Pillow's plugins raise nearly anything on damaged files.
+    except Exception:
+        return False
