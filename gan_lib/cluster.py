@@ -16,7 +16,8 @@ import torch
 from dask.system import CPU_COUNT
 from distributed import Client, Future, LocalCluster, Nanny, Scheduler, SpecCluster
 
-from gan_lib.errors import ClusterError, RunError
+from gan_lib.errors import ClusterError, RunError, SourceError
+from gan_lib.images import CacheNotSharedError, prepare_images
 from gan_lib.listing import resolve_source
 from gan_lib.parameters import TrainingParameters
 from gan_lib.rank_group import RankGroup, find_places, start_ranks
@@ -89,7 +90,10 @@ def launch(
     resume: bool = False,
     function: Callable[..., Any] = train_gan,
 ) -> Job:
-    """Train on the workers of a cluster, one rank on each; returns at once.
+    """Train on the workers of a cluster, one rank on each.
+
+    Returns as soon as the images are prepared, which the workers do first (see
+    `prepare_images`), and the ranks have been started.
 
     Args:
         client: of the cluster.
@@ -103,6 +107,7 @@ def launch(
     Raises:
         ParameterError: if the parameters are wrong.
         RunError: if the run directory is taken, or a worker cannot see it.
+        SourceError: if there are no images.
         ClusterError: if there are too few workers.
     """
     if not isinstance(parameters, TrainingParameters):
@@ -123,6 +128,11 @@ def launch(
             f"the worker {first} sees no run at {url}: give a place that workers and client "
             "share, such as s3://bucket/run"
         )
+    try:
+        _prepare_on_workers(client, parameters)
+    except SourceError as error:
+        RunWriter(url).set_status("failed", error=str(error))
+        raise
     arguments = {"parameters": parameters, "run": url, "resume": resume}
     return Job(client, start_ranks(client, places, parameters.device, function, arguments), url)
 
@@ -204,6 +214,15 @@ class Job(RankGroup):
         """Ask the job to end after the current epoch, with a picture and a checkpoint."""
         if not self.done():
             RunWriter(self.run.url).submit_result(STOP, "")
+
+
+def _prepare_on_workers(client: Client, p: TrainingParameters) -> None:
+    """Fill the cache from which the ranks will open their images."""
+    try:
+        prepare_images(p.source, p.image_size, p.channels, p.crop, p.max_images, client=client)
+    except CacheNotSharedError as error:
+        # Not wrong, only slower: each machine has a cache of its own, and decodes for itself.
+        print(f"every worker's machine prepares the images for itself, because {error}")
 
 
 def _sees_run(url: str) -> bool:

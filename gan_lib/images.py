@@ -50,6 +50,10 @@ class SkippedFilesWarning(UserWarning):
     """More than a tenth of a source's files could not be used."""
 
 
+class CacheNotSharedError(SourceError):
+    """A worker does not see the folder in which the images are to be prepared."""
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Images of one size.
@@ -150,6 +154,7 @@ def prepare_images(
     Raises:
         SourceError: if the source is not there, not one image in it can be used, or
             the cache cannot be written.
+        CacheNotSharedError: if a worker does not see the cache.
     """
     entry = manifest.sources().get(source)
     if entry is not None and "package" in entry:
@@ -272,13 +277,13 @@ def _on_workers(client: Client, works: Sequence[Work], folder: Folder) -> Any:
 
 
 def _check_that_workers_reach(client: Client, folder: Folder) -> None:
-    """Raise SourceError, naming a worker that does not see what is written to `folder`."""
+    """Raise CacheNotSharedError, naming a worker that does not see `folder`."""
     marker = f"visible-{uuid.uuid4().hex}"
     folder.write(marker, b"")
     try:
         for worker, seen in client.run(_sees, folder.url, marker).items():
             if not seen:
-                raise SourceError(
+                raise CacheNotSharedError(
                     f"the worker {worker} does not see the cache {folder.url}: name a place that "
                     "all workers reach, such as s3://bucket/cache, as cache= or in the "
                     "environment variable GAN_LIB_CACHE"

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -23,7 +22,6 @@ from gan_lib.errors import SourceError
 from gan_lib.storage import (
     absolute,
     is_remote,
-    local_cache,
     prepared_cache,
     refuse_credentials,
     without_secrets,
@@ -103,11 +101,6 @@ class Listing:
         return replace(self, paths=paths, sizes=tuple(self.sizes[i] for i in indices))
 
 
-def fetched_folder(name: str) -> Path:
-    """Where `python -m gan_lib data fetch` unpacks a source of the manifest."""
-    return Path(local_cache(), "sources", name)
-
-
 def find_source(source: str, storage_options: Mapping[str, Any] | None = None) -> Source:
     """The place behind a name of data_manifest.json, a folder, or an fsspec URL.
 
@@ -121,9 +114,6 @@ def find_source(source: str, storage_options: Mapping[str, Any] | None = None) -
     if entry is not None:
         if "s3" not in entry:
             raise SourceError(f"the source {source!r} has no files of its own: it is a package")
-        fetched = fetched_folder(source) / "Images"
-        if fetched.is_dir():
-            return Source(source, str(fetched))
         url = entry["s3"]["url"]
         options = {"anon": entry["s3"]["anonymous"], **options}
     else:

@@ -382,6 +382,6 @@ def list_annotations(source: Source, annotation: str | None) -> Listing:
             continue
     raise SourceError(
         f"crop 'box' needs the annotated boxes of {source}, and there are none at "
-        f"{' or '.join(place.url for place in places)}: put them there "
-        "(`python -m gan_lib data fetch stanford-dogs` does), or use crop 'center'"
+        f"{' or '.join(place.url for place in places)}: put them there (data_manifest.json says "
+        "where annotation.tar of Stanford Dogs is), or use crop 'center'"
     )

@@ -122,14 +122,23 @@ def test_the_first_error_is_shown_with_its_traceback(client: Client) -> None:
 
 
 def test_a_failed_launch_says_so(client: Client, tiny: TrainingParameters, tmp_path: Path) -> None:
-    job = launch(client, tiny.replace(source=str(tmp_path / "nowhere")))
-    with pytest.raises(SourceError, match="nowhere"):
+    job = launch(client, tiny.replace(batch_size=1))
+    with pytest.raises(ParameterError, match="batch_size 1 "):
         job.watch()
     assert job.status == "failed"
-    assert "nowhere" in job.run.status().error
+    assert "batch_size 1 " in job.run.status().error
     # The workers are free again, and so is the place: the run had made nothing.
     again = launch(client, tiny.replace(epochs=1), run=job.run.url)
     assert again.result()[0].epochs == 1
+
+
+def test_a_launch_without_images_ends_before_it_begins(
+    client: Client, tiny: TrainingParameters, tmp_path: Path
+) -> None:
+    place = str(tmp_path / "run")
+    with pytest.raises(SourceError, match="nowhere"):
+        launch(client, tiny.replace(source=str(tmp_path / "nowhere")), run=place)
+    assert open_run(place).status().state == "failed"
 
 
 def test_too_small_batches_for_the_ranks(client: Client, tiny: TrainingParameters) -> None:

@@ -1,0 +1,268 @@
+"""Images are prepared once: in shards, by many at once, and made anew when they change."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from distributed import Client
+from PIL import Image
+
+from gan_lib import images as images_module
+from gan_lib.decoding import decode_image, read_boxes
+from gan_lib.errors import ParameterError, SourceError
+from gan_lib.images import CacheNotSharedError, SkippedFilesWarning, prepare_images
+from gan_lib.parameters import TrainingParameters
+from gan_lib.results import RunWriter
+from gan_lib.shards import INDEX, ShardedPixels, cut_into_shards, damaged_shards, read_index
+from gan_lib.storage import Folder, without_secrets
+
+ANNOTATION = """<annotation><object><name>dog</name><bndbox>
+<xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object></annotation>"""
+
+
+def make_folder(folder: Path, classes: Sequence[str] = ("a", "b", "c"), n: int = 40) -> Path:
+    """Class folders of small images, each of a colour of its own."""
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(n):
+            colour = tuple(rng.integers(256, size=3).tolist())
+            Image.new("RGB", (24, 20), colour).save(folder / name / f"{i:03d}.png")
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> str:
+    return str(tmp_path / "cache")
+
+
+def test_the_second_call_opens_what_the_first_made(tmp_path: Path, cache: str) -> None:
+    folder = make_folder(tmp_path / "dogs")
+    first = prepare_images(str(folder), 16, cache=cache)
+    times = {path: path.stat().st_mtime_ns for path in Path(first.prepared).iterdir()}
+    second = prepare_images(str(folder), 16, cache=cache)
+    assert times == {path: path.stat().st_mtime_ns for path in Path(first.prepared).iterdir()}
+    np.testing.assert_array_equal(first.pixels, second.pixels)
+    assert first.checksum() == second.checksum()
+    assert second.images_per_class() == {"a": 40, "b": 40, "c": 40}
+    index = json.loads(Path(first.prepared, INDEX).read_text())
+    assert (index["count"], index["source"], len(index["shards"])) == (120, str(folder), 4)
+    assert damaged_shards(Folder(first.prepared), index) == []
+    # To another process they travel as their address.
+    assert len(pickle.dumps(first)) < 1_000
+    assert pickle.loads(pickle.dumps(first)).checksum() == first.checksum()
+
+
+def test_made_anew_when_something_changes(tmp_path: Path, cache: str) -> None:
+    folder = make_folder(tmp_path / "dogs", ["a"], 5)
+    places = {prepare_images(str(folder), 16, cache=cache).prepared}
+    places.add(prepare_images(str(folder), 32, cache=cache).prepared)
+    places.add(prepare_images(str(folder), 16, channels=1, cache=cache).prepared)
+    places.add(prepare_images(str(folder), 16, crop="squash", cache=cache).prepared)
+    places.add(prepare_images(str(folder), 16, max_images=3, cache=cache).prepared)
+    Image.new("RGB", (9, 9), "white").save(folder / "a" / "000.png")
+    changed = prepare_images(str(folder), 16, cache=cache)
+    assert changed.pixels[0].min() == 255
+    places.add(changed.prepared)
+    (folder / "a" / "001.png").unlink()
+    places.add(prepare_images(str(folder), 16, cache=cache).prepared)
+    assert len(places) == 7
+
+
+def test_an_interrupted_preparation_goes_on(
+    tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder(tmp_path / "dogs")
+    made = []
+    original = images_module.make_shard
+
+    def only_two(work: object, url: str, n_threads: int = 1) -> object:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(work)
+        return original(work, url, n_threads)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(images_module, "make_shard", only_two)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_images(str(folder), 16, cache=cache)
+    made.clear()
+    assert len(prepare_images(str(folder), 16, cache=cache)) == 120
+    assert [work.number for work in made] == [2, 3]
+
+
+def test_a_lost_or_cut_shard_is_made_again(tmp_path: Path, cache: str) -> None:
+    folder = make_folder(tmp_path / "dogs")
+    whole = prepare_images(str(folder), 16, cache=cache)
+    pixels = np.array(whole.pixels)
+    Path(whole.prepared, "shard_0001.npy").unlink()
+    cut = Path(whole.prepared, "shard_0002.npy")
+    cut.write_bytes(cut.read_bytes()[:100])
+    np.testing.assert_array_equal(prepare_images(str(folder), 16, cache=cache).pixels, pixels)
+
+
+def test_two_processes_at_once(tmp_path: Path, cache: str) -> None:
+    folder = make_folder(tmp_path / "dogs")
+    code = (
+        "import sys; from gan_lib.images import prepare_images; "
+        "print(prepare_images(sys.argv[1], 16, cache=sys.argv[2], progress=False).checksum())"
+    )
+    command = [sys.executable, "-c", code, str(folder), cache]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = {process.communicate()[0] for process in both}
+    assert said == {prepare_images(str(folder), 16, cache=cache).checksum() + "\n"}
+    assert not list(Path(cache).rglob("*.part"))
+
+
+def test_workers_prepare_the_same(tmp_path: Path, cache: str, client: Client) -> None:
+    folder = make_folder(tmp_path / "dogs")
+    here = prepare_images(str(folder), 16, cache=cache)
+    there = prepare_images(str(folder), 16, cache=f"{cache}2", client=client)
+    np.testing.assert_array_equal(here.pixels, there.pixels)
+    assert here.checksum() == there.checksum()
+    assert sum(client.run(os.getpid).values())  # the workers are alive and free
+
+
+def test_a_cache_that_workers_do_not_see(
+    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder(tmp_path / "dogs", ["a"], 2)
+    monkeypatch.setattr(images_module, "_sees", lambda url, path: False)
+    with pytest.raises(CacheNotSharedError, match=r"worker tcp://.*does not see.*GAN_LIB_CACHE"):
+        prepare_images(str(folder), 16, cache=str(tmp_path / "mine"), client=client)
+
+
+def test_a_cache_on_s3_is_copied_once(
+    tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder(tmp_path / "dogs")
+    place = f"{s3}/cache-{time.time_ns()}"
+    first = prepare_images(str(folder), 16, cache=place)
+    expected = prepare_images(str(folder), 16, cache=str(tmp_path / "cache"))
+    np.testing.assert_array_equal(first.pixels, expected.pixels)
+    # Another machine has a cache of its own.
+    monkeypatch.setenv("GAN_LIB_CACHE", str(tmp_path / "another"))
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(first)).pixels, expected.pixels)
+    copies = list((tmp_path / "another").rglob("*.npy"))
+    assert len(copies) == 4
+    # What was damaged on the way is not used.
+    fs = fsspec.filesystem("s3")
+    shard = f"{first.prepared}/shard_0000.npy"
+    fs.pipe_file(shard, bytes(len(fs.cat_file(shard))))
+    monkeypatch.setenv("GAN_LIB_CACHE", str(tmp_path / "third"))
+    with pytest.raises(SourceError, match=r"shard_0000.*damaged"):
+        pickle.loads(pickle.dumps(first))
+    index = read_index(Folder(first.prepared))
+    assert index is not None
+    assert damaged_shards(Folder(first.prepared), index) == ["shard_0000.npy"]
+
+
+def test_shards_do_not_depend_on_who_makes_them(tmp_path: Path) -> None:
+    from gan_lib.listing import find_source, list_files
+
+    files = list_files(find_source(str(make_folder(tmp_path / "dogs", n=50))))
+    works = cut_into_shards(files, 16, 3, "center")
+    assert [path for work in works for path in work.paths] == list(files.paths)
+    assert max(len(work.paths) for work in works) == 32
+
+
+def test_sharded_pixels_are_indexed_like_an_array() -> None:
+    whole = np.random.default_rng(0).integers(256, size=(100, 4, 4, 3)).astype(np.uint8)
+    sharded = ShardedPixels(np.array_split(whole, [7, 40]))
+    assert (sharded.shape, sharded.dtype, len(sharded)) == (whole.shape, whole.dtype, 100)
+    order = np.random.default_rng(1).permutation(100)
+    for key in (3, -1, slice(5, 50, 3), slice(None), order, order[:0], order % 2 == 0, [1, 99]):
+        np.testing.assert_array_equal(sharded[key], whole[key])
+    np.testing.assert_array_equal(np.asarray(sharded), whole)
+    np.testing.assert_array_equal(list(sharded), whole)
+    with pytest.raises(IndexError, match="100 images"):
+        sharded[[100]]
+
+
+def test_boxes(tmp_path: Path, cache: str) -> None:
+    # A white square in a black photograph, and a box around it.
+    picture = np.zeros((100, 200, 3), np.uint8)
+    picture[20:60, 140:180] = 255
+    images, boxes = tmp_path / "Images" / "beagle", tmp_path / "Annotation" / "beagle"
+    images.mkdir(parents=True)
+    boxes.mkdir(parents=True)
+    for name in ("dog", "no-box", "bad-box"):
+        Image.fromarray(picture).save(images / f"{name}.png")
+    (boxes / "dog").write_text(ANNOTATION.format(140, 20, 180, 60))
+    (boxes / "bad-box").write_text("<annotation>")
+    with pytest.warns(SkippedFilesWarning):
+        found = prepare_images(str(tmp_path / "Images"), 16, crop="box", cache=cache)
+    assert len(found) == 1
+    # The resize looks a little beyond the edge of the box.
+    assert found.pixels[0].min() > 200
+    reasons = {Path(url).name: why for url, why in found.skipped}
+    assert reasons["no-box.png"] == "no annotated box"
+    assert "annotation cannot be read" in reasons["bad-box.png"]
+    # A wide box becomes a square that shows all of it, and stays within the photograph.
+    data = (images / "dog.png").read_bytes()
+    wide = decode_image(
+        data, 16, 1, "box", read_boxes(ANNOTATION.format(120, 30, 200, 50).encode())[0]
+    )
+    assert 0.2 < (wide > 128).mean() < 0.3
+    with pytest.raises(SourceError, match=r"needs the annotated boxes.*annotation.tar"):
+        prepare_images(str(make_folder(tmp_path / "x" / "y", ["a"], 1)), 16, crop="box")
+
+
+def test_links_and_other_odd_things(tmp_path: Path, cache: str) -> None:
+    folder = make_folder(tmp_path / "dogs", ["a"], 30)
+    outside = make_folder(tmp_path / "elsewhere", ["x"], 1)
+    (folder / "nowhere.jpg").symlink_to(tmp_path / "gone.jpg")
+    (folder / "itself.jpg").symlink_to("itself.jpg")
+    (folder / "a" / "circle").symlink_to(folder)
+    (folder / "above").symlink_to(tmp_path)
+    (folder / "linked").symlink_to(outside / "x")
+    (folder / "none").mkdir()
+    os.mkfifo(folder / "a" / "pipe.jpg")
+    os.link(folder / "a" / "000.png", folder / "a" / os.fsdecode(b"\xff name.png"))
+    found = prepare_images(str(folder), 16, cache=cache, progress=False)
+    assert found.images_per_class() == {"a": 31, "linked": 1}
+    reasons = {os.path.basename(url): why for url, why in found.skipped}
+    assert set(reasons) == {"nowhere.jpg", "itself.jpg", "circle", "above", "none", "pipe.jpg"}
+    assert "leads nowhere" in reasons["nowhere.jpg"]
+    assert "circle" in reasons["circle"]
+
+
+def test_a_credential_in_an_address_is_refused(tmp_path: Path) -> None:
+    address = "https://me:hunter2hunter2@example.org/dogs"
+    with pytest.raises(ParameterError, match="holds a credential") as caught:
+        TrainingParameters(source=address)
+    assert "hunter2" not in str(caught.value)
+    for call in (lambda: RunWriter(address), lambda: prepare_images(address, 16)):
+        with pytest.raises(ParameterError, match="holds a credential"):
+            call()
+    options = {"key": "AKIAEXAMPLE", "client_kwargs": {"aws_session_token": "token-of-mine"}}
+    said = without_secrets("AKIAEXAMPLE may not, nor token-of-mine", options)
+    assert said == "*** may not, nor ***"
+
+
+def test_wrong_keys_are_one_sentence(s3: str, tmp_path: Path) -> None:
+    options = {"key": "wrong-key", "secret": "wrong-secret", "client_kwargs": {}}
+    with pytest.raises(SourceError, match=r"cannot be read.*AWS_ACCESS_KEY_ID") as caught:
+        prepare_images(f"{s3}/dogs", 16, storage_options=options)
+    assert "wrong-secret" not in str(caught.value)
+    assert "wrong-key" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+def test_odd_names_on_s3(tmp_path: Path, s3: str, cache: str) -> None:
+    folder = make_folder(tmp_path / "dogs", ["über 犬", "a+b & c=d%20"], 2)
+    (folder / "a+b & c=d%20" / "000.png").rename(folder / "a+b & c=d%20" / "é ~ 🐕 (1).png")
+    place = f"{s3}/odd-{time.time_ns()}"
+    fsspec.filesystem("s3").put(f"{folder}/", f"{place}/", recursive=True)
+    there, here = prepare_images(place, 16, cache=cache), prepare_images(str(folder), 16)
+    assert there.images_per_class() == here.images_per_class()
+    np.testing.assert_array_equal(there.pixels, here.pixels)
