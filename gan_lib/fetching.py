@@ -96,9 +96,9 @@ def _settled(
     for error in errors:
         if _error_code(error) in _REFUSED:
             raise cannot_be_read(source, error) from None
-    lost = [e for e in errors if not isinstance(e, FileNotFoundError | PermissionError)]
+    lost = [error for error in errors if not isinstance(error, FileNotFoundError)]
     if lost or len(errors) == len(results):
-        # Is it these files, or everything?
+        # Is it these files, or everything? A key that has expired cannot list either.
         try:
             fs.invalidate_cache()
             fs.ls(root)

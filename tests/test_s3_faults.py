@@ -1,0 +1,142 @@
+"""What networks and stores do, between the package and a real S3 server."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+import numpy as np
+import pytest
+from fault_proxy import FaultProxy, fault_proxy
+from test_shards import make_folder
+
+from gan_lib import fetching
+from gan_lib.errors import SourceError
+from gan_lib.images import SkippedFilesWarning, prepare_images
+
+
+@pytest.fixture
+def proxy(s3: str) -> Iterator[FaultProxy]:
+    port = urlsplit(os.environ["AWS_ENDPOINT_URL"]).port
+    assert port is not None
+    with fault_proxy(port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def dogs(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
+    """A prefix of the bucket, and the folder that it is a copy of."""
+    monkeypatch.setattr(fetching, "SECONDS_OF_SILENCE", 2)
+    folder = make_folder(tmp_path / "dogs", ["a", "b"], 20)
+    for name in "ab":
+        for path in sorted((folder / name).iterdir()):
+            path.rename(path.with_name(f"{name}{path.name}"))
+    place = f"{s3}/faults-{time.time_ns()}"
+    fsspec.filesystem("s3").put(f"{folder}/", f"{place}/", recursive=True)
+    return place, folder
+
+
+def options(proxy: FaultProxy) -> dict[str, Any]:
+    return {"endpoint_url": proxy.url, "skip_instance_cache": True}
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "cut", "reset", "hang"])
+def test_what_passes_loses_nothing(
+    fault: str, proxy: FaultProxy, dogs: tuple[str, Path], tmp_path: Path
+) -> None:
+    place, folder = dogs
+    proxy.faults = dict.fromkeys(("a003.png", "a019.png", "b007.png"), fault)
+    proxy.times = 1 if fault == "hang" else 2
+    there = prepare_images(place, 16, storage_options=options(proxy), cache=str(tmp_path / "cache"))
+    assert all(proxy.seen[name] > proxy.times for name in proxy.faults)
+    assert there.skipped == ()
+    np.testing.assert_array_equal(there.pixels, prepare_images(str(folder), 16).pixels)
+
+
+def test_without_faults_each_object_is_asked_for_once(
+    proxy: FaultProxy, dogs: tuple[str, Path], tmp_path: Path
+) -> None:
+    prepare_images(dogs[0], 16, storage_options=options(proxy), cache=str(tmp_path / "cache"))
+    assert {n for name, n in proxy.seen.items() if name.endswith(".png")} == {1}
+
+
+def test_an_object_that_vanishes_is_skipped(
+    proxy: FaultProxy, dogs: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gan_lib import images
+
+    place, _ = dogs
+    original = images.list_files
+
+    def list_then_lose(source: Any) -> Any:
+        files = original(source)
+        fsspec.filesystem("s3").rm(f"{place}/a/a005.png")
+        return files
+
+    monkeypatch.setattr(images, "list_files", list_then_lose)
+    found = prepare_images(place, 16, storage_options=options(proxy), cache=str(tmp_path / "cache"))
+    assert len(found) == 39
+    assert [(url.rsplit("/", 1)[1], why) for url, why in found.skipped] == [
+        ("a005.png", "vanished between listing and reading")
+    ]
+
+
+def test_keys_that_expire_end_it_in_one_sentence(
+    proxy: FaultProxy, dogs: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, folder = dogs
+    cache = str(tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        from gan_lib import images
+
+        original = images.list_files
+
+        def list_then_expire(source: Any) -> Any:
+            files = original(source)
+            proxy.faults = {"*": "expired"}
+            return files
+
+        patch.setattr(images, "list_files", list_then_expire)
+        with pytest.raises(SourceError, match=r"faults-.*cannot be read.*may have exp") as caught:
+            prepare_images(place, 16, storage_options=options(proxy), cache=cache)
+    assert "secret" not in str(caught.value).replace("AWS_SECRET_ACCESS_KEY", "")
+    # With new keys it goes on.
+    proxy.faults = {}
+    there = prepare_images(place, 16, storage_options=options(proxy), cache=cache)
+    np.testing.assert_array_equal(there.pixels, prepare_images(str(folder), 16).pixels)
+
+
+def test_a_network_that_is_lost_for_good_is_named(
+    proxy: FaultProxy, dogs: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gan_lib import images
+
+    monkeypatch.setattr(fetching, "PAUSES", (0.1, 0.1))
+    original = images.list_files
+
+    def list_then_cut(source: Any) -> Any:
+        files = original(source)
+        proxy.close()
+        return files
+
+    monkeypatch.setattr(images, "list_files", list_then_cut)
+    with pytest.raises(SourceError, match="check the address, the network"):
+        prepare_images(dogs[0], 16, storage_options=options(proxy), cache=str(tmp_path / "cache"))
+
+
+def test_one_object_that_never_arrives_is_skipped(
+    proxy: FaultProxy, dogs: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "PAUSES", (0.1, 0.1))
+    names = [f"a{i:03d}.png" for i in range(5)]
+    proxy.faults, proxy.times = dict.fromkeys(names, "500"), 10**6
+    with pytest.warns(SkippedFilesWarning, match="5 of 40 files skipped"):
+        found = prepare_images(
+            dogs[0], 16, storage_options=options(proxy), cache=str(tmp_path / "cache")
+        )
+    assert len(found) == 35
