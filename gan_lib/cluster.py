@@ -23,7 +23,7 @@ from gan_lib.parameters import TrainingParameters
 from gan_lib.rank_group import RankGroup, find_places, start_ranks
 from gan_lib.results import PARAMETERS, STOP, Run, RunWriter, create_run, new_run_url, open_run
 from gan_lib.shipping import ship_package
-from gan_lib.storage import absolute
+from gan_lib.storage import absolute, file_exists
 from gan_lib.training import train_gan
 from gan_lib.watching import watch_run
 
@@ -122,7 +122,7 @@ def launch(
     else:
         create_run(url, parameters)
     first = places[0].worker
-    if not client.run(_sees_run, url, workers=[first])[first]:
+    if not client.run(file_exists, url, PARAMETERS, workers=[first])[first]:
         RunWriter(url).set_status("failed", error=f"not visible from {first}")
         raise RunError(
             f"the worker {first} sees no run at {url}: give a place that workers and client "
@@ -223,10 +223,6 @@ def _prepare_on_workers(client: Client, p: TrainingParameters) -> None:
     except CacheNotSharedError as error:
         # Not wrong, only slower: each machine has a cache of its own, and decodes for itself.
         print(f"every worker's machine prepares the images for itself, because {error}")
-
-
-def _sees_run(url: str) -> bool:
-    return RunWriter(url).exists(PARAMETERS)
 
 
 # glibc gives freed memory back above this many bytes, and Dask's nanny sets 64 KiB so that

@@ -34,16 +34,6 @@ CHUNK_FILES, CHUNK_BYTES = 128, 64 * 2**20
 PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)
 # A response that stops flowing for so many seconds is given up.
 SECONDS_OF_SILENCE = 10
-# Errors of S3 that concern the caller and not one object.
-_REFUSED = {
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "ExpiredToken",
-    "InvalidToken",
-    "TokenRefreshRequired",
-    "RequestTimeTooSkewed",
-    "NoSuchBucket",
-}
 
 
 def fetch_files(
@@ -93,9 +83,6 @@ def _settled(
 ) -> list[bytes | str]:
     """Reasons in place of errors; raises the errors that are not one file's own."""
     errors = [result for result in results if isinstance(result, Exception)]
-    for error in errors:
-        if _error_code(error) in _REFUSED:
-            raise cannot_be_read(source, error) from None
     lost = [error for error in errors if not isinstance(error, FileNotFoundError)]
     if lost or len(errors) == len(results):
         # Is it these files, or everything? A key that has expired cannot list either.
@@ -107,12 +94,6 @@ def _settled(
     return [
         _reason(source, result) if isinstance(result, Exception) else result for result in results
     ]
-
-
-def _error_code(error: BaseException) -> str:
-    """S3's name of an error, if it has one."""
-    response = getattr(error.__cause__ or error, "response", None)
-    return response.get("Error", {}).get("Code", "") if isinstance(response, dict) else ""
 
 
 def _reason(source: Source, error: Exception) -> str:
@@ -130,20 +111,23 @@ def _read(
     if "s3" in fs.protocol:
         return sync(fs.loop, _read_s3, fs, paths, sizes)
     found: dict[str, bytes | Exception] = {}
-    for pause in (*PAUSES, None):
-        missing = [path for path in paths if isinstance(found.get(path, OSError()), OSError)]
-        missing = [path for path in missing if not isinstance(found.get(path), FileNotFoundError)]
-        if not missing:
-            break
+    missing = list(paths)
+    for pause in (*PAUSES, 0.0):
         if isinstance(fs, AsyncFileSystem):
             found |= fs.cat(missing, on_error="return")
         else:
             with ThreadPoolExecutor(IN_FLIGHT) as pool:
                 results = pool.map(lambda path: _read_one(fs, path), missing)
-                found |= dict(zip(missing, results, strict=True))
-        if pause is not None and any(isinstance(found[path], Exception) for path in missing):
-            time.sleep(_about(pause))
+                found |= zip(missing, results, strict=True)
+        missing = [path for path in missing if _may_come_back(found[path])]
+        if not missing:
+            break
+        time.sleep(_about(pause))
     return [found[path] for path in paths]
+
+
+def _may_come_back(result: bytes | Exception) -> bool:
+    return isinstance(result, OSError) and not isinstance(result, FileNotFoundError)
 
 
 def _read_one(fs: fsspec.AbstractFileSystem, path: str) -> bytes | Exception:
@@ -179,7 +163,7 @@ async def _read_object(
     """One object, by a plain signed request; by s3fs itself where that does not work.
 
     A request through s3fs costs some 3 ms of Python, most of it in botocore's resolving,
-    hooks and parsing; signing and reading alone cost a quarter of that.
+    hooks and parsing; signing and reading alone cost about half of that.
     """
     for pause in PAUSES if signer is not None else ():
         # Whatever fails for good is asked of s3fs below, which says why.

@@ -37,7 +37,7 @@ from gan_lib.shards import (
     read_index,
     write_index,
 )
-from gan_lib.storage import Folder, absolute, prepared_cache, refuse_credentials
+from gan_lib.storage import Folder, absolute, file_exists, prepared_cache, refuse_credentials
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -281,7 +281,7 @@ def _check_that_workers_reach(client: Client, folder: Folder) -> None:
     marker = f"visible-{uuid.uuid4().hex}"
     folder.write(marker, b"")
     try:
-        for worker, seen in client.run(_sees, folder.url, marker).items():
+        for worker, seen in client.run(file_exists, folder.url, marker).items():
             if not seen:
                 raise CacheNotSharedError(
                     f"the worker {worker} does not see the cache {folder.url}: name a place that "
@@ -290,10 +290,6 @@ def _check_that_workers_reach(client: Client, folder: Folder) -> None:
                 )
     finally:
         folder.remove(marker)
-
-
-def _sees(url: str, path: str) -> bool:
-    return Folder(url).exists(path)
 
 
 def _tell_what_was_skipped(images: ImageSet, n_files: int, progress: bool) -> None:

@@ -275,7 +275,7 @@ def _walk(source: Source, root: str) -> tuple[list[_File], list[tuple[str, str]]
     files: list[_File] = []
     skipped: list[tuple[str, str]] = []
     whole = os.path.realpath(root)
-    cache = absolute(prepared_cache()) if not is_remote(prepared_cache()) else ""
+    cache = absolute(prepared_cache())
     followed: set[str] = set()
     waiting = [""]
     while waiting:

@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import fsspec
 import numpy as np
 import pandas as pd
 import torch
@@ -166,7 +165,7 @@ class Run:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._fs, self._root = fsspec.core.url_to_fs(url)
+        self._folder = Folder(url)
         self.parameters = TrainingParameters.from_mapping(self.info()["parameters"])
 
     def __repr__(self) -> str:
@@ -179,7 +178,7 @@ class Run:
             RunError: if there is none.
         """
         try:
-            return json.loads(self._fs.cat_file(f"{self._root}/{PARAMETERS}"))
+            return json.loads(self._folder.read(PARAMETERS))
         except FileNotFoundError:
             raise RunError(f"no run lives at {self.url}: it holds no {PARAMETERS}") from None
         except ValueError as error:
@@ -188,18 +187,14 @@ class Run:
     def status(self) -> RunStatus:
         """What the run was last heard to do."""
         try:
-            return RunStatus(**json.loads(self._fs.cat_file(f"{self._root}/{STATUS}")))
+            return RunStatus(**json.loads(self._folder.read(STATUS)))
         except FileNotFoundError:
             return RunStatus("waiting", 0.0)
 
     def epochs(self, kind: str) -> list[int]:
         """The epochs that have a file of this kind: "records", "samples" or "checkpoints"."""
-        self._fs.invalidate_cache()
-        try:
-            paths = self._fs.ls(f"{self._root}/{kind}", detail=False)
-        except FileNotFoundError:
-            return []
-        pattern = re.compile(rf"/epoch_(\d+){re.escape(_PER_EPOCH[kind])}$")
+        paths = self._folder.names(kind)
+        pattern = re.compile(rf"^epoch_(\d+){re.escape(_PER_EPOCH[kind])}$")
         return sorted(int(m.group(1)) for m in map(pattern.search, paths) if m)
 
     def records(self, epochs: Sequence[int] | None = None) -> pd.DataFrame:
@@ -265,7 +260,7 @@ class Run:
 
     def _read(self, kind: str, epoch: int) -> bytes:
         try:
-            return self._fs.cat_file(f"{self._root}/{epoch_path(kind, epoch)}")
+            return self._folder.read(epoch_path(kind, epoch))
         except FileNotFoundError:
             raise RunError(
                 f"{self.url} has no {kind} of epoch {epoch}: it has {_join(self.epochs(kind))}"

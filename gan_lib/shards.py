@@ -28,7 +28,7 @@ from PIL import Image
 from gan_lib.decoding import Box, decode_image, read_boxes
 from gan_lib.errors import SourceError
 from gan_lib.fetching import fetch_files
-from gan_lib.listing import Listing, Source, list_files
+from gan_lib.listing import Listing, Source, find_source, list_files
 from gan_lib.storage import Folder, local_cache
 
 # Raised when other pixels come out of the same files: what was prepared before is not opened.
@@ -265,10 +265,10 @@ def read_index(folder: Folder) -> dict[str, Any] | None:
         return None
     if index.get("format") != FORMAT:
         return None
-    if folder.is_local:
-        whole = all(folder.size(shard["file"]) == shard["bytes"] for shard in index["shards"])
-        return index if whole else None
-    return index
+    # Elsewhere each shard is checked when it is copied here.
+    checked = index["shards"] if folder.is_local else []
+    whole = all(folder.size(shard["file"]) == shard["bytes"] for shard in checked)
+    return index if whole else None
 
 
 def open_shards(folder: Folder, index: dict[str, Any]) -> ShardedPixels:
@@ -292,7 +292,10 @@ def _copy_shard(folder: Folder, copy: Folder, shard: dict[str, Any]) -> None:
         return
     data = folder.read(shard["file"])
     if hashlib.sha256(data).hexdigest() != shard["sha256"]:
-        raise damaged(folder, shard)
+        raise SourceError(
+            f"{folder.url}/{shard['file']} is damaged: its SHA-256 is not that of the index. "
+            "Delete the file, and prepare the images again"
+        )
     copy.write(shard["file"], data)
 
 
@@ -307,14 +310,6 @@ def damaged_shards(folder: Folder, index: dict[str, Any]) -> list[str]:
         if hashlib.sha256(data).hexdigest() != shard["sha256"]:
             found.append(shard["file"])
     return found
-
-
-def damaged(folder: Folder, shard: dict[str, Any]) -> SourceError:
-    """The error for a shard that is not what the index says."""
-    return SourceError(
-        f"{folder.url}/{shard['file']} is damaged: its SHA-256 is not that of the index. "
-        "Delete the file, and prepare the images again"
-    )
 
 
 class ShardedPixels:
@@ -373,7 +368,7 @@ def list_annotations(source: Source, annotation: str | None) -> Listing:
         SourceError: if there are none.
     """
     if annotation is not None:
-        return list_files(replace(source, name=annotation, url=annotation))
+        return list_files(find_source(annotation, source.options))
     places = [source.beside("Annotation"), replace(source, url=f"{source.url}/Annotation")]
     for place in places:
         try:

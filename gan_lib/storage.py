@@ -92,6 +92,11 @@ def without_secrets(text: str, options: Mapping[str, Any] | None = None) -> str:
     return text
 
 
+def file_exists(url: str, path: str) -> bool:
+    """Whether a folder has a file; sent to a worker, whether that worker sees it."""
+    return Folder(url).exists(path)
+
+
 class Folder:
     """Reads and writes the files of one folder, each whole.
 
@@ -131,6 +136,15 @@ class Folder:
             FileNotFoundError: if it is not there.
         """
         return self.fs.cat_file(f"{self.root}/{path}")
+
+    def names(self, path: str) -> list[str]:
+        """The names of the files in a folder below; none if it is not there."""
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.ls(f"{self.root}/{path}", detail=False)
+        except FileNotFoundError:
+            return []
+        return [os.path.basename(name) for name in found]
 
     def size(self, path: str) -> int | None:
         """Bytes of a file; None if it is not there."""

@@ -136,7 +136,7 @@ def test_a_cache_that_workers_do_not_see(
     tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_folder(tmp_path / "dogs", ["a"], 2)
-    monkeypatch.setattr(images_module, "_sees", lambda url, path: False)
+    monkeypatch.setattr(images_module, "file_exists", lambda url, path: False)
     with pytest.raises(CacheNotSharedError, match=r"worker tcp://.*does not see.*GAN_LIB_CACHE"):
         prepare_images(str(folder), 16, cache=str(tmp_path / "mine"), client=client)
 
