@@ -21,7 +21,7 @@ from gan_lib.parameters import TrainingParameters
 
 # One stream of random numbers for each purpose, so that switching one of them
 # off leaves the others as they were.
-ORDER, FLIPS, PIXEL_NOISE, LATENTS, SAMPLES, WEIGHTS = range(6)
+ORDER, FLIPS, PIXEL_NOISE, LATENTS, SAMPLES, WEIGHTS, COLOURS = range(7)
 
 
 def stream_seed(seed: int, purpose: int, *position: int) -> int:
@@ -66,6 +66,21 @@ def denormalise(images: Tensor) -> Tensor:
     return images.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def jitter_colours(images: Tensor, factors: Tensor) -> Tensor:
+    """Change brightness, contrast and saturation, as torchvision's ColorJitter does to one image.
+
+    Args:
+        images: -1..1, n x C x H x W.
+        factors: n x 3, of brightness, contrast and saturation; 1 changes nothing.
+    """
+    brightness, contrast, saturation = factors.view(-1, 3, 1, 1, 1).unbind(1)
+    # As 0..1, because black is what brightness is measured from.
+    images = (images + 1) / 2 * brightness
+    images = images.lerp(images.mean(dim=(1, 2, 3), keepdim=True), 1 - contrast)
+    images = images.lerp(images.mean(dim=1, keepdim=True), 1 - saturation)
+    return (images.clamp(0, 1) * 2 - 1).contiguous(memory_format=torch.channels_last)
+
+
 @dataclass(frozen=True)
 class Batch:
     """One rank's share of one step.
@@ -89,7 +104,7 @@ class Batches:
 
     Args:
         images: what to train on.
-        parameters: `batch_size`, `seed`, `flip` and `noise` are used.
+        parameters: `batch_size`, `seed`, `flip`, `color_jitter` and `noise` are used.
         rank: of this process, 0 to world_size - 1.
         world_size: number of ranks.
         device: where the batches are put and augmented.
@@ -139,6 +154,10 @@ class Batches:
             rng = np.random.default_rng(stream_seed(p.seed, FLIPS, epoch, step))
             flips = torch.from_numpy(rng.random(n_total)[share] < 0.5).to(self.device)
             images = torch.where(flips[:, None, None, None], images.flip(-1), images)
+        if p.color_jitter > 0:
+            rng = np.random.default_rng(stream_seed(p.seed, COLOURS, epoch, step))
+            factors = 1 + p.color_jitter * (2 * rng.random((n_total, 3))[share] - 1)
+            images = jitter_colours(images, torch.from_numpy(factors).to(images))
         if p.noise > 0:
             # Drawn where it is used: a whole batch of pixels is too much to draw on each rank.
             generator = torch.Generator(self.device)

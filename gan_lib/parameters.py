@@ -58,6 +58,7 @@ class TrainingParameters:
 
     # Augmentation, on whole batches on the training device
     flip: bool = True  # mirror each image left to right with probability 1/2
+    color_jitter: float = 0.0  # brightness, contrast, saturation: each times 1 - this to 1 + this
     noise: float = 0.0  # standard deviation of Gaussian pixel noise, where white minus black is 2
 
     # What is kept
@@ -110,6 +111,7 @@ class TrainingParameters:
                 f"real_label {self.real_label} is not above fake_label {self.fake_label}: "
                 "the discriminator could not learn which is which"
             )
+        _require_range("color_jitter", self.color_jitter, 0.0, 1.0)
         _require_range("noise", self.noise, 0.0, 1.0)
 
     @classmethod

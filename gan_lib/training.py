@@ -10,7 +10,7 @@ import contextlib
 import importlib.metadata
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -321,16 +321,18 @@ def _run_epochs(
     if keeper is not None:
         keeper.keep_status("training")
     started = time.perf_counter()
+    stopwatch = _Stopwatch()
     with ProgressBar(todo * batches.steps_per_epoch, "training", "step", show=show) as bar:
         while training.epoch < p.epochs and not stopped:
             epoch = training.epoch + 1
             records: list[dict[str, Any]] = []
-            for batch in batches.epoch(epoch):
+            for batch in stopwatch.over(batches.epoch(epoch)):
                 losses = training.step(batch)
                 n_images += batch.n_total
                 if training.iteration % p.record_every == 0:
                     rate = n_images / (time.perf_counter() - started)
-                    records.append(_record(training, epoch, losses, batch.weight, rate))
+                    record = _record(training, epoch, losses, batch.weight, rate)
+                    records.append(record | {"data_wait": stopwatch.share()})
                     if keeper is not None:
                         keeper.keep_records(epoch, records)
                 bar.update(1, progress_text(records[-1], p.epochs) if records else "")
@@ -357,6 +359,31 @@ def _run_epochs(
         records=all_records if ranks.rank == 0 else [],
         generator=None if ranks.distributed else training.g.cpu().eval(),
     )
+
+
+class _Stopwatch:
+    """Which part of the time goes into waiting for the next item."""
+
+    def __init__(self) -> None:
+        self._waited = 0.0
+        self._since = time.perf_counter()
+
+    def over(self, items: Iterator[Batch]) -> Iterator[Batch]:
+        """The same items; the time that each takes to come is counted."""
+        while True:
+            asked = time.perf_counter()
+            item = next(items, None)
+            self._waited += time.perf_counter() - asked
+            if item is None:
+                return
+            yield item
+
+    def share(self) -> float:
+        """The waiting's share of the time since the last call, 0 to 1."""
+        now = time.perf_counter()
+        share = self._waited / (now - self._since)
+        self._waited, self._since = 0.0, now
+        return round(share, 4)
 
 
 def _record(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gan_lib.batches import Batches, denormalise, epoch_shares, normalise
+from gan_lib.batches import Batches, denormalise, epoch_shares, jitter_colours, normalise
 from gan_lib.errors import ParameterError
 from gan_lib.images import ImageSet
 from gan_lib.parameters import TrainingParameters
@@ -79,3 +79,26 @@ def test_noise_has_the_strength_that_was_asked_for() -> None:
     assert noisy.std().item() == pytest.approx(0.1, rel=0.05)
     again = next(iter(Batches(grey, p).epoch(1))).images
     assert torch.equal(noisy, again)
+
+
+def test_colours_are_jittered_the_same_on_any_number_of_ranks(tiny: TrainingParameters) -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(16, 16, 16, 3)).astype(np.uint8)
+    images = ImageSet(pixels, np.zeros(16, np.int64), ("dog",))
+    p = tiny.replace(channels=3, flip=False, color_jitter=0.5, batch_size=16)
+    plain = next(iter(Batches(images, p.replace(color_jitter=0.0)).epoch(1))).images
+    one = next(iter(Batches(images, p).epoch(1))).images
+    two = [next(iter(Batches(images, p, rank, 2).epoch(1))).images for rank in range(2)]
+    assert torch.equal(torch.cat(two), one)
+    assert one.min() >= -1
+    assert one.max() <= 1
+    assert (one - plain).abs().mean() > 0.05
+
+
+def test_colour_factors_mean_what_they_say() -> None:
+    images = torch.rand(4, 3, 8, 8) * 2 - 1
+    assert torch.allclose(jitter_colours(images, torch.ones(4, 3)), images, atol=1e-6)
+    grey = jitter_colours(images, torch.tensor([[1.0, 1.0, 0.0]]).expand(4, 3))
+    assert torch.allclose(grey[:, 0], grey[:, 2], atol=1e-6)
+    assert jitter_colours(images, torch.tensor([[0.0, 1.0, 1.0]]).expand(4, 3)).max() == -1
+    flat = jitter_colours(images, torch.tensor([[1.0, 0.0, 1.0]]).expand(4, 3))
+    assert flat.flatten(1).std(dim=1).max() < 1e-6

@@ -23,6 +23,14 @@ from gan_lib.training import (
 )
 
 
+def test_records_say_how_long_a_step_waits_for_data(
+    tiny: TrainingParameters, silhouettes: ImageSet
+) -> None:
+    records = train_gan(tiny, images=silhouettes, progress=False).records
+    assert all(0 <= record["data_wait"] <= 1 for record in records)
+    assert any(record["data_wait"] > 0 for record in records)
+
+
 def test_gan_loss_is_the_published_one() -> None:
     scores = torch.tensor([-1.5, 0.3, 2.0])
     d = torch.sigmoid(scores)
