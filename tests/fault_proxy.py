@@ -107,7 +107,8 @@ class FaultProxy:
                 handler.send_header(key, value)
         handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
-        handler.wfile.write(body[: len(body) // 2] if cut else body)
+        if handler.command != "HEAD":
+            handler.wfile.write(body[: len(body) // 2] if cut else body)
         if cut:
             handler.close_connection = True
 
