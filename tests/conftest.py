@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-import socket
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +15,7 @@ from gan_lib import results
 from gan_lib.cluster import close_cluster, start_cluster
 from gan_lib.images import ImageSet, prepare_images
 from gan_lib.parameters import TrainingParameters
+from gan_lib.s3_server import serve_s3
 
 # Lines in place of bars: the tests' output is a log.
 os.environ["GAN_LIB_HEADLESS"] = "1"
@@ -92,30 +88,6 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A bucket of a real S3 server on this machine, as an s3:// URL."""
     folder = tmp_path_factory.mktemp("s3")
     (folder / "bucket").mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    rclone = shutil.which("rclone", path=os.path.dirname(sys.executable)) or "rclone"
-    command = [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", "key,secret"]
-    environment = {
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
     # In the environment, and not in the URL: the cluster's workers inherit it.
-    patch = pytest.MonkeyPatch()
-    for name, value in environment.items():
-        patch.setenv(name, value)
-    server = subprocess.Popen([*command, str(folder)], stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            with socket.socket() as knock:
-                if knock.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
+    with serve_s3(folder):
         yield "s3://bucket"
-    finally:
-        server.terminate()
-        server.wait()
-        patch.undo()

