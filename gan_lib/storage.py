@@ -110,8 +110,14 @@ class Folder:
         self.fs, self.root = fsspec.core.url_to_fs(url, **(options or {}))
         self.is_local = isinstance(self.fs, LocalFileSystem)
 
-    def write(self, path: str, data: bytes) -> None:
-        """Put a file in place, replacing an older one of that name."""
+    def write(self, path: str, data: bytes, durable: bool = True) -> None:
+        """Put a file in place, replacing an older one of that name.
+
+        Args:
+            path: below the folder.
+            data: its whole content.
+            durable: wait until it would survive a loss of power; if not, `flush` does later.
+        """
         target = f"{self.root}/{path}"
         if not self.is_local:
             # An object store shows an object only once it is complete.
@@ -123,11 +129,18 @@ class Folder:
             with open(aside, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             os.replace(aside, target)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(aside)
+
+    def flush(self, path: str) -> None:
+        """Wait until a file that was written would survive a loss of power."""
+        if self.is_local:
+            with open(f"{self.root}/{path}", "rb") as file:
+                os.fsync(file.fileno())
 
     def read(self, path: str) -> bytes:
         """The content of a file.
