@@ -49,8 +49,19 @@ def decode_image(
         image.load()
         x, y = image.width / width, image.height / height
         scaled = (region[0] * x, region[1] * y, region[2] * x, region[3] * y)
-        whole = _without_alpha(_to_eight_bits(image)).convert("L" if channels == 1 else "RGB")
-    small = whole.resize((image_size, image_size), Image.Resampling.BICUBIC, box=scaled)
+        return _shrink(image, scaled, image_size, channels)
+
+
+def fit_image(
+    image: Image.Image, image_size: int, channels: int, crop: str = "center"
+) -> np.ndarray:
+    """An opened image as `decode_image` makes it: uint8, image_size x image_size x channels."""
+    return _shrink(image, _region(*image.size, crop, None), image_size, channels)
+
+
+def _shrink(image: Image.Image, region: Box, image_size: int, channels: int) -> np.ndarray:
+    whole = _without_alpha(_to_eight_bits(image)).convert("L" if channels == 1 else "RGB")
+    small = whole.resize((image_size, image_size), Image.Resampling.BICUBIC, box=region)
     # A square is as well turned after it has been made small.
     upright = ImageOps.exif_transpose(small)
     return np.asarray(upright).reshape(image_size, image_size, channels)

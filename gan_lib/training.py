@@ -20,9 +20,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
+from torch.utils.data import Dataset
 
 import gan_lib
 from gan_lib.batches import LATENTS, SAMPLES, WEIGHTS, Batch, Batches, stream_seed
+from gan_lib.datasets import dataset_images
 from gan_lib.errors import DivergenceError, ParameterError
 from gan_lib.images import ImageSet, prepare_images
 from gan_lib.keeping import Keeper, claim_run
@@ -159,7 +161,7 @@ def train_gan(
     parameters: TrainingParameters | Mapping[str, Any] | None = None,
     *,
     run: str | None = None,
-    images: ImageSet | None = None,
+    images: ImageSet | Dataset[Any] | None = None,
     results: ResultsHandler | None = None,
     resume: bool = False,
     local_rank: int | None = None,
@@ -170,7 +172,8 @@ def train_gan(
     Args:
         parameters: what to train; a mapping is checked like `TrainingParameters.from_mapping`.
         run: URL of the run directory to write; None writes none.
-        images: train on these in place of `parameters.source`.
+        images: train on these in place of `parameters.source`: prepared ones, or a torch
+            Dataset of (image, label), which reads them anew each time (see `dataset_images`).
         results: also gets parameters.json and the records, e.g. a `DaskResultsHandler`.
         resume: go on from the newest checkpoint in `run`.
         local_rank: which GPU of this machine to take; None asks the environment variable
@@ -193,6 +196,9 @@ def train_gan(
         images = prepare_images(
             p.source, p.image_size, p.channels, p.crop, p.max_images, progress=show
         )
+    elif not isinstance(images, ImageSet):
+        p = parameters
+        images = dataset_images(images, p.image_size, p.channels, p.crop)
     _check_images(images, parameters)
     checksum = images.checksum()
     ranks.require_equal("parameters and images", (parameters.to_dict(), checksum, resume))
