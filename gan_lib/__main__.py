@@ -1,4 +1,4 @@
-"""python -m gan_lib: run the notebooks without opening them."""
+"""python -m gan_lib: run the notebooks without opening them; see to the data."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gan_lib import profiles
+from gan_lib.data_commands import add_commands
 from gan_lib.errors import NotebookError, UserError
 
 
@@ -28,9 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a parameter, stronger than the profile; may be given again",
     )
     run.add_argument("--out", help="folder for the executed notebooks; default: a new one")
+    add_commands(commands.add_parser("data", help="list, fetch, verify and prepare images"))
     options = parser.parse_args(arguments)
 
     try:
+        if options.command == "data":
+            return options.do(options)
         names = profiles.full_names(options.notebooks)
         profile = profiles.read_profile(options.profile)
         values = profiles.series_values(names, profile, dict(options.parameter))
@@ -45,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what was executed is kept", file=sys.stderr)
+        print("interrupted; what was done is kept", file=sys.stderr)
         return 130
     print(f"executed notebooks, with an HTML of each: {done.folder}")
     print(f"pictures:                                 {done.folder / 'pictures'}")

@@ -17,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from gan_lib import manifest
+from gan_lib.downloading import fetched_folder
 from gan_lib.embedded import package_arrays
 from gan_lib.errors import SourceError
 from gan_lib.storage import (
@@ -114,6 +115,9 @@ def find_source(source: str, storage_options: Mapping[str, Any] | None = None) -
     if entry is not None:
         if "s3" not in entry:
             raise SourceError(f"the source {source!r} has no files of its own: it is a package")
+        fetched = fetched_folder(source)
+        if fetched.exists():
+            return Source(source, str(fetched))
         url = entry["s3"]["url"]
         options = {"anon": entry["s3"]["anonymous"], **options}
     else:

@@ -25,7 +25,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from gan_lib import manifest
 from gan_lib.decoding import Box, decode_image, read_boxes
+from gan_lib.downloading import fetched_folder
 from gan_lib.errors import SourceError
 from gan_lib.fetching import fetch_files
 from gan_lib.listing import Listing, Source, find_source, list_files
@@ -374,7 +376,12 @@ def list_annotations(source: Source, annotation: str | None) -> Listing:
     """
     if annotation is not None:
         return list_files(find_source(annotation, source.options))
-    places = [source.beside("Annotation"), replace(source, url=f"{source.url}/Annotation")]
+    places = [
+        source.beside("Annotation"),
+        replace(source, url=f"{source.url}/Annotation"),
+    ]
+    if source.name in manifest.sources():
+        places.append(Source(source.name, str(fetched_folder(source.name, "annotation"))))
     for place in places:
         try:
             return list_files(place)
@@ -382,6 +389,6 @@ def list_annotations(source: Source, annotation: str | None) -> Listing:
             continue
     raise SourceError(
         f"crop 'box' needs the annotated boxes of {source}, and there are none at "
-        f"{' or '.join(place.url for place in places)}: put them there (data_manifest.json says "
-        "where annotation.tar of Stanford Dogs is), or use crop 'center'"
+        f"{' or '.join(place.url for place in places[:2])}: put them there (those of Stanford "
+        "Dogs come by `python -m gan_lib data fetch --archive annotation`), or use crop 'center'"
     )

@@ -213,7 +213,9 @@ def test_boxes(tmp_path: Path, cache: str) -> None:
         data, 16, 1, "box", read_boxes(ANNOTATION.format(120, 30, 200, 50).encode())[0]
     )
     assert 0.2 < (wide > 128).mean() < 0.3
-    with pytest.raises(SourceError, match=r"needs the annotated boxes.*annotation.tar"):
+    with pytest.raises(
+        SourceError, match=r"needs the annotated boxes.*data fetch --archive annotation"
+    ):
         prepare_images(str(make_folder(tmp_path / "x" / "y", ["a"], 1)), 16, crop="box")
 
 

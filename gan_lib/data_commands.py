@@ -1,0 +1,110 @@
+"""python -m gan_lib data: what data there is, fetch it, verify it, prepare it."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from typing import Any
+
+from gan_lib import manifest
+from gan_lib.downloading import FOLDERS, archives_of, differences, fetch, fetched_folder
+from gan_lib.errors import SourceError
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Give `python -m gan_lib data` its own commands."""
+    commands = parser.add_subparsers(dest="data_command", required=True)
+    commands.add_parser("list", help="the sources of data_manifest.json").set_defaults(do=_list)
+
+    one = commands.add_parser("fetch", help="download, check and unpack a source's archives")
+    one.add_argument("name", nargs="?", default="stanford-dogs")
+    one.add_argument(
+        "--archive", action="append", choices=list(FOLDERS), help="default: images and annotation"
+    )
+    one.set_defaults(do=_fetch)
+
+    one = commands.add_parser("verify", help="compare a source's images with the manifest")
+    one.add_argument("name", nargs="?", default="stanford-dogs")
+    one.add_argument("--source", help="another folder or URL of the same images")
+    one.set_defaults(do=_verify)
+
+    one = commands.add_parser("prepare", help="decode a source's images once, for training")
+    one.add_argument("source", help="a name, a folder of class folders, or any fsspec URL")
+    one.add_argument("--size", type=int, default=64, help="pixels per side")
+    one.add_argument("--channels", type=int, default=3, choices=(1, 3))
+    one.add_argument("--crop", default="center", choices=("center", "squash", "box"))
+    one.add_argument("--max-images", type=int, default=0, help="0 means all")
+    one.add_argument("--cache", help="folder or URL that keeps the result")
+    one.add_argument("--workers", type=int, default=0, help="of a Dask cluster started for it")
+    one.set_defaults(do=_prepare)
+
+
+def _list(options: argparse.Namespace) -> int:
+    for name, entry in manifest.sources().items():
+        print(f"{name}: {entry['title']}")
+        print(f"  {entry['images']:,} images in {len(entry['classes'])} classes")
+        print(f"  licence: {entry['licence']}; allows {entry['allows']}")
+        if "package" in entry:
+            package = entry["package"]
+            print(f"  in the Python package {package['name']} {package['version']}")
+            continue
+        print(f"  at {entry['s3']['url']}")
+        for archive, told in entry["archives"].items():
+            here = fetched_folder(name, archive)
+            state = f"fetched: {here}" if here.exists() else "not fetched"
+            print(f"  archive {archive}: {told['bytes'] / 2**20:,.1f} MB, {state}")
+    return 0
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    archives_of(options.name)
+    entry = manifest.sources()[options.name]
+    print(f"{entry['title']} allows {entry['allows']}")
+    print(f"cite: {entry['citation']}")
+    for folder in fetch(options.name, options.archive or ("images", "annotation")):
+        print(f"fetched: {folder}")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    known = manifest.sources()
+    if options.name not in known:
+        raise SourceError(f"there is no source {options.name!r}: there is {', '.join(known)}")
+    entry = known[options.name]
+    if "package" in entry:
+        from gan_lib.embedded import package_arrays
+
+        package_arrays(entry)  # raises if a checksum is another
+        print(f"{options.name}: the package's files are those of the manifest")
+        return 0
+    from gan_lib.listing import find_source, list_files
+
+    place = find_source(options.source or options.name)
+    wrong = differences(options.name, list_files(place).paths)
+    print("\n".join([f"{place}:", *wrong] if wrong else [f"{place}: all as it should be"]))
+    return 1 if wrong else 0
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    # Only now: whoever asks for help should not wait for torch.
+    from gan_lib.cluster import close_cluster, start_cluster
+    from gan_lib.images import prepare_images
+    from gan_lib.parameters import TrainingParameters
+
+    told: dict[str, Any] = {
+        "image_size": options.size,
+        "channels": options.channels,
+        "crop": options.crop,
+        "max_images": options.max_images,
+    }
+    TrainingParameters(source=options.source, **told)  # raises if a value cannot be trained with
+    client = start_cluster(options.workers, device="cpu") if options.workers else None
+    try:
+        images = prepare_images(options.source, **told, client=client, cache=options.cache)
+    finally:
+        if client is not None:
+            close_cluster(client)
+    print(f"{len(images):,} images in {len(images.classes)} classes: {images.prepared}")
+    for why, n in Counter(why for _, why in images.skipped).most_common():
+        print(f"  skipped: {n} x {why}")
+    return 0

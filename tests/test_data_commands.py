@@ -1,0 +1,240 @@
+"""python -m gan_lib data: fetching against a real HTTP server, verifying, preparing."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import json
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from test_shards import make_folder
+
+from gan_lib import downloading, manifest
+from gan_lib.__main__ import main
+from gan_lib.listing import find_source
+
+SCHEMA = json.loads(Path(__file__).parents[1].joinpath("data_manifest.schema.json").read_text())
+
+
+def test_the_manifest_keeps_its_schema() -> None:
+    jsonschema.validate(json.loads(manifest.manifest_text()), SCHEMA)
+    for entry in manifest.sources().values():
+        assert sum(entry["classes"].values()) == entry["images"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda dogs: dogs.pop("licence"),
+        lambda dogs: dogs.pop("s3"),
+        lambda dogs: dogs.update(package={"name": "dogs"}),
+        lambda dogs: dogs["archives"]["images"].update(sha256="443f"),
+        lambda dogs: dogs["classes"].update(beagle=0),
+        lambda dogs: dogs.update(license="MIT"),
+    ],
+)
+def test_the_schema_refuses(spoil: Callable[[dict[str, Any]], Any]) -> None:
+    told = copy.deepcopy(json.loads(manifest.manifest_text()))
+    spoil(told["sources"]["stanford-dogs"])
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(told, SCHEMA)
+
+
+class Server:
+    """Serves bytes; may cut an answer short, or know nothing of ranges."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.ranges: list[str | None] = []
+        self.cut_after: list[int] = []
+        self.knows_ranges = True
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                data = server.files[self.path]
+                asked = self.headers["Range"]
+                server.ranges.append(asked)
+                part = bool(asked) and server.knows_ranges
+                start = int(asked.removeprefix("bytes=").rstrip("-")) if part else 0
+                self.send_response(206 if part else 200)
+                self.send_header("Content-Length", str(len(data) - start))
+                self.end_headers()
+                stop = server.cut_after.pop(0) if server.cut_after else len(data)
+                self.wfile.write(data[start : max(start, stop)])
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Server]:
+    """Serves a source "dogs" of four images, which the manifest names."""
+    server = Server()
+    folder = make_folder(tmp_path / "made" / "Images", ["a", "b"], 2)
+    for path in folder.rglob("*.png"):
+        path.rename(path.with_suffix(".jpg"))
+    server.files["/images.tar"] = packed(lambda tar: tar.add(folder, "Images"))
+    monkeypatch.setenv("GAN_LIB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(downloading, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(manifest, "sources", lambda: {"dogs": entry_of(server)})
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def packed(fill: Callable[[tarfile.TarFile], None]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        fill(tar)
+    return buffer.getvalue()
+
+
+def entry_of(server: Server) -> dict[str, Any]:
+    data = server.files["/images.tar"]
+    archive = {
+        "url": f"{server.url}/images.tar",
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    return {
+        "title": "Four dogs",
+        "s3": {"url": "s3://nowhere/dogs", "anonymous": True},
+        "archives": {"images": archive},
+        "images": 4,
+        "classes": {"a": 2, "b": 2},
+        "licence": "MIT",
+        "allows": "everything",
+        "citation": "us",
+    }
+
+
+FETCH = ["data", "fetch", "dogs", "--archive", "images"]
+
+
+def test_fetched_once_then_used(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert find_source("dogs").url == "s3://nowhere/dogs"
+    assert main(FETCH) == 0
+    assert "allows everything" in capsys.readouterr().out
+    assert main(FETCH) == 0
+    assert server.ranges == [None]
+    place = tmp_path / "cache" / "sources" / "dogs"
+    assert find_source("dogs").url == str(place / "Images")
+    assert [path.name for path in place.iterdir()] == ["Images"]
+    assert main(["data", "list"]) == 0
+    assert f"fetched: {place / 'Images'}" in capsys.readouterr().out
+    assert main(["data", "prepare", "dogs", "--size", "16"]) == 0
+    assert "4 images in 2 classes" in capsys.readouterr().out
+
+
+def test_verify_names_what_differs(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(FETCH) == 0
+    assert main(["data", "verify", "dogs"]) == 0
+    folder = downloading.fetched_folder("dogs")
+    (folder / "a" / "000.jpg").unlink()
+    (folder / "c").mkdir()
+    (folder / "b" / "000.jpg").rename(folder / "c" / "000.jpg")
+    assert main(["data", "verify", "dogs"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[-3:] == [
+        "a: 1 images, expected 2",
+        "b: 1 images, expected 2",
+        "c: 1 images, expected 0",
+    ]
+
+
+def test_a_broken_download_goes_on_where_it_broke(server: Server) -> None:
+    server.cut_after = [1000, 5000]
+    assert main(FETCH) == 0
+    assert server.ranges == [None, "bytes=1000-", "bytes=5000-"]
+
+
+def test_so_it_does_in_another_process(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    server.cut_after = [1000, 1000, 1000]
+    assert main(FETCH) == 2
+    assert "what has come so far is kept" in capsys.readouterr().err
+    assert main(FETCH) == 0
+    assert server.ranges[-1] == "bytes=1000-"
+
+
+def test_a_server_that_knows_no_ranges(server: Server) -> None:
+    server.knows_ranges, server.cut_after = False, [1000]
+    assert main(FETCH) == 0
+
+
+def test_another_file_is_not_unpacked(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = entry_of(server)
+    entry["archives"]["images"]["sha256"] = "0" * 64
+    monkeypatch.setattr(manifest, "sources", lambda: {"dogs": entry})
+    assert main(FETCH) == 2
+    assert f"expected {'0' * 64}" in capsys.readouterr().err
+    assert list(downloading.fetched_folder("dogs").parent.iterdir()) == []
+
+
+def evil(**changes: Any) -> Callable[[tarfile.TarFile], None]:
+    def fill(tar: tarfile.TarFile) -> None:
+        info = tarfile.TarInfo("Images/a/dog.jpg")
+        for name, value in changes.items():
+            setattr(info, name, value)
+        tar.addfile(info)
+
+    return fill
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        evil(name="../evil.jpg"),
+        evil(name="Images/../../../evil.jpg"),
+        evil(type=tarfile.SYMTYPE, linkname="/etc"),
+        evil(type=tarfile.SYMTYPE, linkname="../../../.."),
+        evil(type=tarfile.LNKTYPE, linkname="../../evil"),
+        evil(type=tarfile.CHRTYPE),
+        evil(type=tarfile.FIFOTYPE),
+    ],
+)
+def test_what_does_not_belong_there_is_refused(
+    fill: Callable[[tarfile.TarFile], None],
+    server: Server,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server.files["/images.tar"] = packed(fill)
+    assert main(FETCH) == 2
+    assert "was not unpacked" in capsys.readouterr().err
+    left = [path.name for path in (tmp_path / "cache").rglob("*")]
+    assert sorted(left) == ["dogs", "images.tar.part", "sources"]
+
+
+def test_mistakes_end_in_one_sentence(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "fetch", "cats"]) == 2
+    assert "no archive of 'cats' to fetch: there is dogs" in capsys.readouterr().err
+    assert main(["data", "fetch", "dogs", "--archive", "lists"]) == 2
+    assert "it has images" in capsys.readouterr().err
+    assert main(["data", "prepare", "dogs", "--size", "65"]) == 2
+    assert "image_size is 65" in capsys.readouterr().err
+    entry = entry_of(server)
+    entry["archives"]["images"]["bytes"] = 2**60
+    monkeypatch.setattr(manifest, "sources", lambda: {"dogs": entry})
+    assert main(FETCH) == 2
+    assert "make room" in capsys.readouterr().err
