@@ -13,6 +13,7 @@ from gan_lib.decoding import decode_image
 from gan_lib.errors import SourceError
 from gan_lib.images import prepare_images
 from gan_lib.listing import check_source
+from gan_lib.practice import make_photographs
 
 
 def save(path: Path, pixels: np.ndarray | Image.Image, **options: object) -> None:
@@ -192,3 +193,13 @@ def test_manifest_counts_add_up() -> None:
         assert sum(entry["classes"].values()) == entry["images"]
     dogs = manifest.sources()["stanford-dogs"]
     assert (dogs["images"], len(dogs["classes"])) == (20_580, 120)
+
+
+def test_practice_photographs_have_their_dogs_in_the_boxes(tmp_path: Path) -> None:
+    folder = make_photographs(tmp_path, n=40)
+    found = prepare_images(str(folder), 32, crop="box", cache=str(tmp_path / "cache"))
+    assert found.images_per_class() == {"black": 10, "brown": 10, "golden": 10, "white": 10}
+    assert len(found.skipped) == 4
+    middle = np.asarray(found.pixels)[:, 12:20, 12:20].mean(axis=(1, 2, 3))
+    by_coat = [middle[found.labels == label].mean() for label in range(4)]
+    assert by_coat == sorted(by_coat)
