@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import fsspec
+from botocore.exceptions import NoCredentialsError
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
@@ -139,6 +140,7 @@ def list_files(source: Source) -> Listing:
         SourceError: if it is not there, cannot be read, is a file, or holds no file.
     """
     with _one_sentence(source):
+        source = _anonymous_without_keys(source)
         fs, root = source.open()
         # Another call may have listed it before, and files come and go.
         fs.invalidate_cache()
@@ -180,7 +182,7 @@ def check_source(source: str) -> None:
     if is_remote(place.url):
         # The first level only: a bucket may hold a million files.
         with _one_sentence(place):
-            fs, root = place.open()
+            fs, root = _anonymous_without_keys(place).open()
             found = fs.ls(root, detail=False)
         if not found:
             raise not_there(place)
@@ -190,6 +192,21 @@ def check_source(source: str) -> None:
             _opens(f"{files.root}/{path}") for path in files.paths
         ):
             raise no_images(files)
+
+
+def _anonymous_without_keys(source: Source) -> Source:
+    """The source; on a machine without credentials for S3, as anybody may read it."""
+    if not source.url.startswith(("s3://", "s3a://")) or "anon" in source.options:
+        return source
+    fs, root = source.open()
+    try:
+        fs.ls(root, detail=False)
+    except NoCredentialsError:
+        return replace(source, options={**source.options, "anon": True})
+    # Whatever else is wrong, the listing itself says it.
+    except Exception:
+        pass
+    return source
 
 
 def not_there(source: Source) -> SourceError:

@@ -13,13 +13,15 @@ import time
 from collections.abc import Iterator
 from unittest.mock import patch
 
+from s3fs import S3FileSystem
+
 from gan_lib.errors import ClusterError
 
 SECONDS_TO_START = 30
 
 
 @contextlib.contextmanager
-def serve_s3(folder: str | os.PathLike[str]) -> Iterator[str]:
+def serve_s3(folder: str | os.PathLike[str], anonymous: bool = False) -> Iterator[str]:
     """Serve a folder through S3 on loopback, as long as the context lasts.
 
     rclone does it. Each folder inside `folder` is a bucket. The environment variables
@@ -27,6 +29,7 @@ def serve_s3(folder: str | os.PathLike[str]) -> Iterator[str]:
 
     Args:
         folder: with a folder for each bucket.
+        anonymous: anybody may read and write, and no keys are given out.
 
     Returns:
         The server's address, "http://127.0.0.1:PORT".
@@ -41,28 +44,25 @@ def serve_s3(folder: str | os.PathLike[str]) -> Iterator[str]:
         port = probe.getsockname()[1]
     access_key, secret_key = secrets.token_hex(8), secrets.token_hex(16)
     address = f"http://127.0.0.1:{port}"
+    # Not on the command line, which everybody on this machine may read.
+    keys = {} if anonymous else {"RCLONE_AUTH_KEY": f'"{access_key},{secret_key}"'}
     server = subprocess.Popen(
         [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", folder],
-        # Not on the command line, which everybody on this machine may read.
-        env={
-            **os.environ,
-            "RCLONE_CONFIG": os.devnull,
-            "RCLONE_AUTH_KEY": f'"{access_key},{secret_key}"',
-        },
+        env={**os.environ, "RCLONE_CONFIG": os.devnull, **keys},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    environment = {
-        "AWS_ACCESS_KEY_ID": access_key,
-        "AWS_SECRET_ACCESS_KEY": secret_key,
-        "AWS_ENDPOINT_URL": address,
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
+    environment = {"AWS_ENDPOINT_URL": address, "AWS_DEFAULT_REGION": "us-east-1"}
+    if not anonymous:
+        environment |= {"AWS_ACCESS_KEY_ID": access_key, "AWS_SECRET_ACCESS_KEY": secret_key}
     try:
         _wait_for(port, server)
         with patch.dict(os.environ, environment):
+            S3FileSystem.clear_instance_cache()
             yield address
     finally:
+        # fsspec keeps file systems by their arguments, and these were opened by the environment.
+        S3FileSystem.clear_instance_cache()
         server.terminate()
         server.wait()
 

@@ -14,6 +14,7 @@ from gan_lib.errors import SourceError
 from gan_lib.images import prepare_images
 from gan_lib.listing import check_source
 from gan_lib.practice import make_photographs
+from gan_lib.s3_server import serve_s3
 
 
 def save(path: Path, pixels: np.ndarray | Image.Image, **options: object) -> None:
@@ -203,3 +204,18 @@ def test_practice_photographs_have_their_dogs_in_the_boxes(tmp_path: Path) -> No
     middle = np.asarray(found.pixels)[:, 12:20, 12:20].mean(axis=(1, 2, 3))
     by_coat = [middle[found.labels == label].mean() for label in range(4)]
     assert by_coat == sorted(by_coat)
+
+
+def test_a_public_bucket_needs_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    # Nor are any to be found in a file, or asked of a machine in a cloud.
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    folder = make_photographs(tmp_path / "bucket", n=8, dirt=False)
+    with serve_s3(tmp_path, anonymous=True):
+        check_source("s3://bucket/Images")
+        there = prepare_images("s3://bucket/Images", 16, cache=str(tmp_path / "cache"))
+    here = prepare_images(str(folder), 16, cache=str(tmp_path / "cache"))
+    np.testing.assert_array_equal(there.pixels, here.pixels)
