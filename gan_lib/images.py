@@ -22,7 +22,7 @@ import numpy as np
 
 from gan_lib import manifest
 from gan_lib.embedded import package_images
-from gan_lib.errors import SourceError
+from gan_lib.errors import ParameterError, SourceError
 from gan_lib.listing import find_source, list_files, no_images
 from gan_lib.progress import ProgressBar
 from gan_lib.shards import (
@@ -154,10 +154,13 @@ def prepare_images(
     Raises:
         SourceError: if the source is not there, not one image in it can be used, or
             the cache cannot be written.
+        ParameterError: if boxes are wanted of a source that has none.
         CacheNotSharedError: if a worker does not see the cache.
     """
     entry = manifest.sources().get(source)
     if entry is not None and "package" in entry:
+        if crop == "box":
+            raise ParameterError(f"crop is 'box', but {source!r} has no boxes: use 'center'")
         pixels = package_images(entry, image_size, channels)
         labels = np.zeros(len(pixels), dtype=np.int64)
         images = ImageSet(pixels, labels, tuple(entry["classes"]), source=source)
