@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import random
 import time
-import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -140,9 +139,10 @@ def _read_object(fs: Any, store: S3Store | None, path: str, size: int) -> bytes 
 
     A request through s3fs costs nearly 3 ms of Python, through obstore a tenth of that.
     """
+    bucket, key, _ = fs.split_path(path)
     for pause in PAUSES if store is not None else ():
         try:
-            data = store.get(fs.split_path(path)[1]).bytes().to_bytes()
+            data = store.get(key).bytes().to_bytes()
             if len(data) == size:
                 return data
         except FileNotFoundError as error:
@@ -157,24 +157,30 @@ def _read_object(fs: Any, store: S3Store | None, path: str, size: int) -> bytes 
     # s3fs may know another way in; otherwise it says why there is none.
     found = _read_one(fs, path)
     if store is not None and isinstance(found, bytes):
-        _stores[fs] = None
+        _stores(fs)[bucket] = None
     return found
 
 
-# The connections to a bucket outlive a chunk. None where s3fs can read what obstore cannot:
-# with a certificate of one's own, for instance.
-_stores: weakref.WeakKeyDictionary[Any, S3Store | None] = weakref.WeakKeyDictionary()
+def _stores(fs: Any) -> dict[str, S3Store | None]:
+    """Of each bucket, the connections that outlive a chunk.
+
+    None where s3fs can read what obstore cannot: with a certificate of one's own, for instance.
+    """
+    # Kept on the file system itself: another one of equal options may lead to another server,
+    # because it was opened in another environment.
+    return vars(fs).setdefault("_gan_lib_stores", {})
 
 
 def _store(fs: Any, path: str) -> S3Store | None:
     """The bucket of a path as obstore opens it; endpoint, region and keys are those of s3fs."""
-    if fs not in _stores:
+    stores, bucket = _stores(fs), fs.split_path(path)[0]
+    if bucket not in stores:
         try:
-            _stores[fs] = _open_store(fs, fs.split_path(path)[0])
+            stores[bucket] = _open_store(fs, bucket)
         # No credentials, or another way of signing: s3fs itself knows, or says what is missing.
         except Exception:
             return None
-    return _stores[fs]
+    return stores[bucket]
 
 
 def _open_store(fs: Any, bucket: str) -> S3Store:

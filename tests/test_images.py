@@ -219,3 +219,17 @@ def test_a_public_bucket_needs_no_keys(tmp_path: Path, monkeypatch: pytest.Monke
         there = prepare_images("s3://bucket/Images", 16, cache=str(tmp_path / "cache"))
     here = prepare_images(str(folder), 16, cache=str(tmp_path / "cache"))
     np.testing.assert_array_equal(there.pixels, here.pixels)
+
+
+def test_buckets_and_servers_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    for number, server in enumerate(("first", "second")):
+        for bucket in ("one", "two"):
+            place = tmp_path / server / bucket
+            pixels = np.full((8, 8, 3), 50 * number + (100 if bucket == "two" else 0), np.uint8)
+            save(place / "dogs" / "dog.bmp", pixels)
+        with serve_s3(tmp_path / server):
+            for bucket in ("one", "two"):
+                cache = str(tmp_path / "caches" / server / bucket)
+                there = prepare_images(f"s3://{bucket}", 16, cache=cache)
+                here = prepare_images(str(tmp_path / server / bucket), 16, cache=cache)
+                np.testing.assert_array_equal(there.pixels, here.pixels)
