@@ -128,13 +128,13 @@ def compare(photographs: Path, repeats: int) -> None:
         for workers in (1, 2):
             client = start_cluster(workers, device="cpu")
             try:
-                # The workers' first task imports what all others use.
+                # The first task of a worker imports what all others use; of eight, each gets some.
                 prepare_images(
-                    url, 16, client=client, max_images=64, cache=f"{store}/warm{workers}"
+                    url, 16, client=client, max_images=256, cache=f"{store}/warm{workers}"
                 )
                 for _ in range(repeats):
                     rate, images = preparation(url, client)
-                    measured(f"cold preparation, {workers} Dask workers", rate)
+                    measured(f"cold preparation, Dask workers: {workers}", rate)
             finally:
                 close_cluster(client)
         for _ in range(repeats):

@@ -16,7 +16,7 @@ import torch
 from dask.system import CPU_COUNT
 from distributed import Client, Future, LocalCluster, Nanny, Scheduler, SpecCluster
 
-from gan_lib.errors import ClusterError, RunError, SourceError
+from gan_lib.errors import ClusterError, RunError, UserError
 from gan_lib.images import CacheNotSharedError, prepare_images
 from gan_lib.listing import resolve_source
 from gan_lib.parameters import TrainingParameters
@@ -130,7 +130,7 @@ def launch(
         )
     try:
         _prepare_on_workers(client, parameters)
-    except SourceError as error:
+    except UserError as error:
         RunWriter(url).set_status("failed", error=str(error))
         raise
     arguments = {"parameters": parameters, "run": url, "resume": resume}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
-from typing import Any
 
 from gan_lib import manifest
 from gan_lib.downloading import FOLDERS, archives_of, differences, fetch, fetched_folder
 from gan_lib.errors import SourceError
+from gan_lib.parameters import CROPS, TrainingParameters
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +31,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     one.add_argument("source", help="a name, a folder of class folders, or any fsspec URL")
     one.add_argument("--size", type=int, default=64, help="pixels per side")
     one.add_argument("--channels", type=int, default=3, choices=(1, 3))
-    one.add_argument("--crop", default="center", choices=("center", "squash", "box"))
+    one.add_argument("--crop", default="center", choices=CROPS)
     one.add_argument("--max-images", type=int, default=0, help="0 means all")
     one.add_argument("--cache", help="folder or URL that keeps the result")
     one.add_argument("--workers", type=int, default=0, help="of a Dask cluster started for it")
@@ -89,9 +88,8 @@ def _prepare(options: argparse.Namespace) -> int:
     # Only now: whoever asks for help should not wait for torch.
     from gan_lib.cluster import close_cluster, start_cluster
     from gan_lib.images import prepare_images
-    from gan_lib.parameters import TrainingParameters
 
-    told: dict[str, Any] = {
+    told = {
         "image_size": options.size,
         "channels": options.channels,
         "crop": options.crop,
@@ -104,7 +102,6 @@ def _prepare(options: argparse.Namespace) -> int:
     finally:
         if client is not None:
             close_cluster(client)
-    print(f"{len(images):,} images in {len(images.classes)} classes: {images.prepared}")
-    for why, n in Counter(why for _, why in images.skipped).most_common():
-        print(f"  skipped: {n} x {why}")
+    place = images.prepared or "made from their package whenever they are needed"
+    print(f"{len(images):,} images in {len(images.classes)} classes: {place}")
     return 0

@@ -131,12 +131,12 @@ class _DatasetPixels:
                 f"and channels ask for {channels} x {size} x {size}: let its transform resize and "
                 "cut the images, or return them as PIL images"
             )
-        if not _is_float(image):
-            return image.astype(np.uint8)
-        if not (np.isfinite(image).all() and np.abs(image).max() <= 1 + 1e-3):
+        if image.dtype == np.uint8:
+            return image
+        if not (_is_float(image) and np.isfinite(image).all() and np.abs(image).max() <= 1 + 1e-3):
             raise ParameterError(
-                f"image {index}{self._name(index)} of the Dataset has values from "
-                f"{image.min():.2f} to {image.max():.2f}, expected -1 to 1: use "
+                f"image {index}{self._name(index)} of the Dataset is {image.dtype} from "
+                f"{image.min():.2f} to {image.max():.2f}, expected -1 to 1 (or uint8 pixels): use "
                 "transforms.Normalize(0.5, 0.5) after ToTensor"
             )
         return np.round((image + 1) * 127.5).clip(0, 255).astype(np.uint8)

@@ -51,7 +51,7 @@ def archives_of(name: str) -> dict[str, dict[str, Any]]:
     return known[name]["archives"]
 
 
-def fetch(name: str, archives: Sequence[str] = ("images", "annotation")) -> list[Path]:
+def fetch(name: str, archives: Sequence[str]) -> list[Path]:
     """Download, check and unpack archives of a source; what is there already stays.
 
     Args:

@@ -140,10 +140,7 @@ def list_files(source: Source) -> Listing:
         SourceError: if it is not there, cannot be read, is a file, or holds no file.
     """
     with _one_sentence(source):
-        source = _anonymous_without_keys(source)
-        fs, root = source.open()
-        # Another call may have listed it before, and files come and go.
-        fs.invalidate_cache()
+        source, fs, root = _open_anew(source)
         if isinstance(fs, LocalFileSystem):
             files, skipped = _walk(source, root)
         else:
@@ -182,7 +179,7 @@ def check_source(source: str) -> None:
     if is_remote(place.url):
         # The first level only: a bucket may hold a million files.
         with _one_sentence(place):
-            fs, root = _anonymous_without_keys(place).open()
+            _, fs, root = _open_anew(place)
             found = fs.ls(root, detail=False)
         if not found:
             raise not_there(place)
@@ -194,19 +191,20 @@ def check_source(source: str) -> None:
             raise no_images(files)
 
 
-def _anonymous_without_keys(source: Source) -> Source:
-    """The source; on a machine without credentials for S3, as anybody may read it."""
-    if not source.url.startswith(("s3://", "s3a://")) or "anon" in source.options:
-        return source
+def _open_anew(source: Source) -> tuple[Source, fsspec.AbstractFileSystem, str]:
+    """As `Source.open`, with nothing listed before; S3 anonymously, where there are no keys."""
     fs, root = source.open()
-    try:
-        fs.ls(root, detail=False)
-    except NoCredentialsError:
-        return replace(source, options={**source.options, "anon": True})
-    # Whatever else is wrong, the listing itself says it.
-    except Exception:
-        pass
-    return source
+    # Another call may have listed it before, and files come and go.
+    fs.invalidate_cache()
+    if "s3" in fs.protocol and "anon" not in source.options:
+        try:
+            fs.ls(root)  # kept by the file system: who lists it next asks for nothing
+        except NoCredentialsError:
+            return _open_anew(replace(source, options={**source.options, "anon": True}))
+        # Whatever else is wrong, the listing itself says it.
+        except Exception:
+            pass
+    return source, fs, root
 
 
 def not_there(source: Source) -> SourceError:

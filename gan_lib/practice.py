@@ -96,7 +96,7 @@ def _photograph(
     scale = rng.uniform(0.35, 0.7) * min(height / dog.shape[0], width / dog.shape[1])
     size = (round(dog.shape[1] * scale), round(dog.shape[0] * scale))
     large = Image.fromarray((dog * 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    # Enlarged ten times a silhouette is soft: its edge is where it is half dark.
+    # Enlarged ten times a silhouette is soft: its edge is where it is half bright.
     mask = np.asarray(large.filter(ImageFilter.GaussianBlur(2)), np.float32)
     mask = np.clip((mask - 127) / 30 + 0.5, 0, 1)[..., None]
     x = int(rng.integers(width - size[0] + 1))

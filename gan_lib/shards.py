@@ -138,10 +138,14 @@ def finished_shard(folder: Folder, work: Work) -> dict[str, Any] | None:
     """The content of a shard's .json, if the shard is complete and undamaged."""
     try:
         info = json.loads(folder.read(f"{work.name}.json"))
-        data = folder.read(f"{work.name}.npy")
+        if folder.is_local:
+            # A loss of power may have taken what was not yet on the disk.
+            found = hashlib.sha256(folder.read(f"{work.name}.npy")).hexdigest()
+            return info if found == info["sha256"] else None
     except (FileNotFoundError, ValueError):
         return None
-    return info if hashlib.sha256(data).hexdigest() == info["sha256"] else None
+    # An object store keeps an object whole, and reading it may cross a network.
+    return info if folder.size(f"{work.name}.npy") == info["bytes"] else None
 
 
 def _make_shard(work: Work, folder: Folder, n_threads: int) -> dict[str, Any]:
@@ -376,10 +380,7 @@ def list_annotations(source: Source, annotation: str | None) -> Listing:
     """
     if annotation is not None:
         return list_files(find_source(annotation, source.options))
-    places = [
-        source.beside("Annotation"),
-        replace(source, url=f"{source.url}/Annotation"),
-    ]
+    places = [source.beside("Annotation"), replace(source, url=f"{source.url}/Annotation")]
     if source.name in manifest.sources():
         places.append(Source(source.name, str(fetched_folder(source.name, "annotation"))))
     for place in places:

@@ -165,6 +165,9 @@ def test_wrong_calls_are_refused_before_any_work(
         launch(client, {"lrg": 0.1})
     with pytest.raises(ClusterError, match="2 workers and 3 are needed"):
         launch(client, tiny, n_workers=3)
+    with pytest.raises(ParameterError, match="has no boxes"):
+        launch(client, tiny.replace(crop="box"), run=str(tmp_path / "boxes"))
+    assert open_run(str(tmp_path / "boxes")).status().state == "failed"
     launch(client, tiny.replace(epochs=1), run=str(tmp_path / "run")).result()
     with pytest.raises(RunError, match="already holds a run"):
         launch(client, tiny, run=str(tmp_path / "run"))
