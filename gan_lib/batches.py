@@ -56,29 +56,36 @@ def epoch_shares(
     return [np.array_split(step, world_size) for step in np.array_split(order, n_steps)]
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 -1..1, the range of the generator's tanh."""
-    return pixels.to(torch.float32).div_(127.5).sub_(1.0)
+def normalise(pixels: Tensor, mean: float = 0.5, std: float = 0.5) -> Tensor:
+    """uint8 0..255 -> float32: as 0..1, minus `mean`, over `std`.
+
+    By default that is -1..1, the whole range of the generator's tanh.
+    """
+    return pixels.to(torch.float32).div_(255 * std).sub_(mean / std)
 
 
-def denormalise(images: Tensor) -> Tensor:
-    """float -1..1 -> uint8 0..255: undoes `normalise`."""
-    return images.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+def denormalise(images: Tensor, mean: float = 0.5, std: float = 0.5) -> Tensor:
+    """float -> uint8 0..255: undoes `normalise`."""
+    pixels = images.float().add(mean / std).mul(255 * std)
+    return pixels.round().clamp(0, 255).to(torch.uint8)
 
 
-def jitter_colours(images: Tensor, factors: Tensor) -> Tensor:
+def jitter_colours(images: Tensor, factors: Tensor, mean: float = 0.5, std: float = 0.5) -> Tensor:
     """Change brightness, contrast and saturation, as torchvision's ColorJitter does to one image.
 
     Args:
-        images: -1..1, n x C x H x W.
+        images: as `normalise` makes them with the same mean and std, n x C x H x W.
         factors: n x 3, of brightness, contrast and saturation; 1 changes nothing.
+        mean: of `normalise`.
+        std: of `normalise`.
     """
     brightness, contrast, saturation = factors.view(-1, 3, 1, 1, 1).unbind(1)
     # As 0..1, because black is what brightness is measured from.
-    images = (images + 1) / 2 * brightness
+    images = (images * std + mean) * brightness
     images = images.lerp(images.mean(dim=(1, 2, 3), keepdim=True), 1 - contrast)
     images = images.lerp(images.mean(dim=1, keepdim=True), 1 - saturation)
-    return (images.clamp(0, 1) * 2 - 1).contiguous(memory_format=torch.channels_last)
+    images = (images.clamp(0, 1) - mean) / std
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ class Batch:
     """One rank's share of one step.
 
     Attributes:
-        images: float32 in [-1, 1], n x C x H x W, on the training device.
+        images: float32, normalised, n x C x H x W, on the training device.
         share: the part `start:stop` of the whole batch that these images are.
         n_total: images of this step on all ranks together.
         weight: n * world_size / n_total. DDP gives every rank the same say in the
@@ -104,7 +111,7 @@ class Batches:
 
     Args:
         images: what to train on.
-        parameters: `batch_size`, `seed`, `flip`, `color_jitter` and `noise` are used.
+        parameters: `batch_size`, `seed` and those of pixel values and augmentation are used.
         rank: of this process, 0 to world_size - 1.
         world_size: number of ranks.
         device: where the batches are put and augmented.
@@ -139,7 +146,7 @@ class Batches:
             mine, n_total = shares[self.rank], sum(map(len, shares))
             pixels = torch.from_numpy(self.images.pixels[mine]).to(self.device, non_blocking=True)
             # N x H x W x C seen as N x C x H x W is torch's channels_last: nothing is copied.
-            images = normalise(pixels.permute(0, 3, 1, 2))
+            images = normalise(pixels.permute(0, 3, 1, 2), *self.parameters.normalisation)
             share = slice(start, start + len(mine))
             yield Batch(
                 images=self._augment(images, epoch, step, share, n_total),
@@ -157,11 +164,14 @@ class Batches:
         if p.color_jitter > 0:
             rng = np.random.default_rng(stream_seed(p.seed, COLOURS, epoch, step))
             factors = 1 + p.color_jitter * (2 * rng.random((n_total, 3))[share] - 1)
-            images = jitter_colours(images, torch.from_numpy(factors).to(images))
+            factors = torch.from_numpy(factors).to(images)
+            images = jitter_colours(images, factors, *p.normalisation)
         if p.noise > 0:
             # Drawn where it is used: a whole batch of pixels is too much to draw on each rank.
             generator = torch.Generator(self.device)
             generator.manual_seed(stream_seed(p.seed, PIXEL_NOISE, epoch, step, self.rank))
             noise = torch.randn(images.shape, generator=generator, device=self.device)
-            images = images.add(noise, alpha=p.noise).clamp(-1.0, 1.0)
+            mean, std = p.normalisation
+            black, white = -mean / std, (1 - mean) / std
+            images = images.add(noise, alpha=p.noise * (white - black) / 2).clamp(black, white)
         return images

@@ -60,7 +60,9 @@ def fit_image(
 
 
 def _shrink(image: Image.Image, region: Box, image_size: int, channels: int) -> np.ndarray:
-    whole = _without_alpha(_to_eight_bits(image)).convert("L" if channels == 1 else "RGB")
+    whole = _without_alpha(_to_eight_bits(image))
+    mode = "L" if channels == 1 else "RGB"
+    whole = whole if whole.mode == mode else whole.convert(mode)  # which would copy it
     small = whole.resize((image_size, image_size), Image.Resampling.BICUBIC, box=region)
     # A square is as well turned after it has been made small.
     upright = ImageOps.exif_transpose(small)

@@ -6,24 +6,26 @@ import datetime
 import random
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
-from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 from obstore.exceptions import BaseError, GenericError, InvalidPathError
 from obstore.store import S3Store
 
 from gan_lib.listing import Source, cannot_be_read
 
+_T = TypeVar("_T")
+
 # Requests at the same time, per process: a store answers after some 20 ms, and one core
 # decodes 500 to 1,000 photographs a second.
 IN_FLIGHT = 32
-# Fetched while the ones before are decoded: the memory that waiting files may take.
-CHUNK_FILES, CHUNK_BYTES = 128, 64 * 2**20
+# The memory that files may take which are read and not yet decoded.
+WAITING_BYTES = 64 * 2**20
 # Seconds before a request is tried again, give or take a half: together they outlast a store
 # that asks for slowing down, and a network that is gone for a moment.
 PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)
@@ -31,10 +33,15 @@ PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)
 SECONDS_OF_SILENCE = 10
 
 
+# Its threads start when they are first needed. They are kept: starting anew for each shard
+# took a tenth of a preparation.
+_POOL = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="fetching")
+
+
 def fetch_files(
     source: Source, paths: Sequence[str], sizes: Sequence[int]
-) -> Iterator[list[bytes | str]]:
-    """Read files, in chunks; while one chunk is used, the next is on its way.
+) -> Iterator[bytes | str]:
+    """Read files; while one is used, the next ones are on their way.
 
     Args:
         source: says how to read them.
@@ -42,53 +49,51 @@ def fetch_files(
         sizes: in bytes, of each.
 
     Returns:
-        For each chunk of `paths`, in order: the bytes of each file, or the reason why it has none.
+        For each path, in order: the bytes of the file, or the reason why it has none.
 
     Raises:
         SourceError: if the source as a whole can no longer be read.
     """
     fs, root = source.open()
-    with ThreadPoolExecutor(1) as pool:
-        on_their_way: deque[Any] = deque()
-        for start, stop in _chunks(sizes):
-            chunk = slice(start, stop)
-            on_their_way.append(pool.submit(_read, fs, paths[chunk], sizes[chunk]))
-            if len(on_their_way) > 1:
-                yield _settled(source, fs, root, on_their_way.popleft().result())
-        while on_their_way:
-            yield _settled(source, fs, root, on_their_way.popleft().result())
+    read = _reader(fs, paths)
+    ahead = max(1, min(IN_FLIGHT, WAITING_BYTES // max(1, *sizes))) if sizes else 1
+    read_any = False
+    for result in in_order(_POOL, read, paths, sizes, ahead=ahead):
+        if isinstance(result, Exception):
+            # Is it this file, or everything? A key that has expired cannot list either.
+            if not (read_any and isinstance(result, FileNotFoundError)):
+                _check_that_it_lists(source, fs, root, result)
+            yield _reason(source, result)
+        else:
+            read_any = True
+            yield result
 
 
-def _chunks(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    start = total = 0
-    for i, size in enumerate(sizes):
-        if i > start and (i - start == CHUNK_FILES or total + size > CHUNK_BYTES):
-            yield start, i
-            start, total = i, 0
-        total += size
-    if start < len(sizes):
-        yield start, len(sizes)
+def in_order(
+    pool: ThreadPoolExecutor, function: Callable[..., _T], *arguments: Iterable[Any], ahead: int
+) -> Iterator[_T]:
+    """As `pool.map`, with at most `ahead` calls begun whose results are not yet taken."""
+    begun: deque[Future[_T]] = deque()
+    try:
+        for values in zip(*arguments, strict=True):
+            if len(begun) == ahead:
+                yield begun.popleft().result()
+            begun.append(pool.submit(function, *values))
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        for future in begun:
+            future.cancel()
 
 
-def _settled(
-    source: Source,
-    fs: fsspec.AbstractFileSystem,
-    root: str,
-    results: list[bytes | Exception],
-) -> list[bytes | str]:
-    """Reasons in place of errors; raises the errors that are not one file's own."""
-    errors = [result for result in results if isinstance(result, Exception)]
-    lost = [error for error in errors if not isinstance(error, FileNotFoundError)]
-    if lost or len(errors) == len(results):
-        # Is it these files, or everything? A key that has expired cannot list either.
-        try:
-            fs.invalidate_cache()
-            fs.ls(root)
-        except Exception:
-            raise cannot_be_read(source, (lost or errors)[0]) from None
-    return [
-        _reason(source, result) if isinstance(result, Exception) else result for result in results
-    ]
+def _check_that_it_lists(
+    source: Source, fs: fsspec.AbstractFileSystem, root: str, error: Exception
+) -> None:
+    try:
+        fs.invalidate_cache()
+        fs.ls(root)
+    except Exception:
+        raise cannot_be_read(source, error) from None
 
 
 def _reason(source: Source, error: Exception) -> str:
@@ -98,36 +103,31 @@ def _reason(source: Source, error: Exception) -> str:
     return f"cannot be read: {source.clean(said) or type(error).__name__}"
 
 
-def _read(
-    fs: fsspec.AbstractFileSystem, paths: Sequence[str], sizes: Sequence[int]
-) -> list[bytes | Exception]:
+def _reader(
+    fs: fsspec.AbstractFileSystem, paths: Sequence[str]
+) -> Callable[[str, int], bytes | Exception]:
+    """Reads one file, by its path and size, as suits the file system."""
     if isinstance(fs, LocalFileSystem):
-        return [_read_one(fs, path) for path in paths]
-    if "s3" in fs.protocol:
-        store = _store(fs, paths[0])
-        with ThreadPoolExecutor(IN_FLIGHT) as pool:
-            return list(pool.map(partial(_read_object, fs, store), paths, sizes))
-    found: dict[str, bytes | Exception] = {}
-    missing = list(paths)
-    for pause in (*PAUSES, 0.0):
-        if isinstance(fs, AsyncFileSystem):
-            found |= fs.cat(missing, on_error="return")
-        else:
-            with ThreadPoolExecutor(IN_FLIGHT) as pool:
-                results = pool.map(lambda path: _read_one(fs, path), missing)
-                found |= zip(missing, results, strict=True)
-        missing = [path for path in missing if _may_come_back(found[path])]
-        if not missing:
-            break
+        return lambda path, size: _read_once(fs, path)
+    if "s3" in fs.protocol and paths:
+        return partial(_read_object, fs, _store(fs, paths[0]))
+    return lambda path, size: _read_file(fs, path)
+
+
+def _read_file(fs: fsspec.AbstractFileSystem, path: str) -> bytes | Exception:
+    for pause in PAUSES:
+        found = _read_once(fs, path)
+        if not _may_come_back(found):
+            return found
         time.sleep(_about(pause))
-    return [found[path] for path in paths]
+    return _read_once(fs, path)
 
 
 def _may_come_back(result: bytes | Exception) -> bool:
     return isinstance(result, OSError) and not isinstance(result, FileNotFoundError)
 
 
-def _read_one(fs: fsspec.AbstractFileSystem, path: str) -> bytes | Exception:
+def _read_once(fs: fsspec.AbstractFileSystem, path: str) -> bytes | Exception:
     try:
         return fs.cat_file(path)
     except Exception as error:
@@ -148,14 +148,14 @@ def _read_object(fs: Any, store: S3Store | None, path: str, size: int) -> bytes 
         except FileNotFoundError as error:
             return error
         except InvalidPathError:
-            return _read_one(fs, path)
+            return _read_once(fs, path)
         except (GenericError, OSError):
             pass  # the network, or a store that asks for slowing down
         except BaseError:
             break
         time.sleep(_about(pause))
     # s3fs may know another way in; otherwise it says why there is none.
-    found = _read_one(fs, path)
+    found = _read_once(fs, path)
     if store is not None and isinstance(found, bytes):
         _stores(fs)[bucket] = None
     return found

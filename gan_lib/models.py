@@ -30,15 +30,24 @@ WIDEST = 8
 class Generator(nn.Module):
     """Makes images from latent vectors.
 
+    `normalisation` is what the images it learns from are normalised by, mean and standard
+    deviation; `render` undoes it.
+
     Shapes:
         (N, nz) or (N, nz, 1, 1) -> (N, channels, image_size, image_size), values in [-1, 1].
     """
 
     def __init__(
-        self, image_size: int = 64, channels: int = 3, nz: int = 100, ngf: int = 64
+        self,
+        image_size: int = 64,
+        channels: int = 3,
+        nz: int = 100,
+        ngf: int = 64,
+        normalisation: tuple[float, float] = (0.5, 0.5),
     ) -> None:
         super().__init__()
         self.nz = nz
+        self.normalisation = normalisation
         widths = [ngf * factor for factor in reversed(_width_factors(image_size))]
         layers: list[nn.Module] = [
             nn.ConvTranspose2d(nz, widths[0], kernel_size=4, stride=1, padding=0, bias=False),
@@ -122,10 +131,11 @@ def render(generator: Generator, z: Tensor) -> np.ndarray:
     was_training = generator.training
     generator.eval()
     try:
-        images = torch.cat([denormalise(generator(part.to(device))).cpu() for part in z.split(256)])
+        images = torch.cat([generator(part.to(device)) for part in z.split(256)])
     finally:
         generator.train(was_training)
-    return images.permute(0, 2, 3, 1).contiguous().numpy()
+    pixels = denormalise(images, *generator.normalisation).cpu()
+    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def generate_images(generator: Generator, n: int, seed: int = 0) -> np.ndarray:

@@ -40,6 +40,8 @@ class TrainingParameters:
     channels: int = 3  # 1 for grey, 3 for RGB
     crop: str = "center"  # "center" cuts the middle out; "squash" keeps all; "box" cuts to boxes
     max_images: int = 0  # train on this many images, spread over the classes; 0 means all
+    pixel_mean: float = 0.5  # the networks see each pixel, as 0 to 1, minus this ...
+    pixel_std: float = 0.5  # ... over this: -1 to 1, as tanh ends the generator
 
     # The two networks
     nz: int = 100  # length of the latent vector z
@@ -111,8 +113,21 @@ class TrainingParameters:
                 f"real_label {self.real_label} is not above fake_label {self.fake_label}: "
                 "the discriminator could not learn which is which"
             )
+        _require_range("pixel_mean", self.pixel_mean, 0.0, 1.0)
+        least = max(self.pixel_mean, 1 - self.pixel_mean)
+        if self.pixel_std < least:
+            raise ParameterError(
+                f"pixel_std is {self.pixel_std}, with pixel_mean {self.pixel_mean}: black or white "
+                "would lie beyond the -1 to 1 that the generator's tanh reaches. Set pixel_std to "
+                f"at least {least:g}"
+            )
         _require_range("color_jitter", self.color_jitter, 0.0, 1.0)
         _require_range("noise", self.noise, 0.0, 1.0)
+
+    @property
+    def normalisation(self) -> tuple[float, float]:
+        """Mean and standard deviation, as `normalise` takes them."""
+        return self.pixel_mean, self.pixel_std
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainingParameters:

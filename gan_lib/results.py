@@ -250,7 +250,7 @@ class Run:
     def generator(self, epoch: int | str = "latest") -> Generator:
         """The generator as it was after an epoch, in eval mode on the CPU."""
         p = self.parameters
-        generator = Generator(p.image_size, p.channels, p.nz, p.ngf)
+        generator = Generator(p.image_size, p.channels, p.nz, p.ngf, p.normalisation)
         generator.load_state_dict(self.checkpoint(epoch)["generator"])
         return generator.eval()
 

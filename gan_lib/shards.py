@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -29,7 +30,7 @@ from gan_lib import manifest
 from gan_lib.decoding import Box, decode_image, read_boxes
 from gan_lib.downloading import fetched_folder
 from gan_lib.errors import SourceError
-from gan_lib.fetching import fetch_files
+from gan_lib.fetching import fetch_files, in_order
 from gan_lib.listing import Listing, Source, find_source, list_files
 from gan_lib.storage import Folder, local_cache
 
@@ -156,19 +157,15 @@ def _make_shard(work: Work, folder: Folder, n_threads: int) -> dict[str, Any]:
     with ThreadPoolExecutor(n_threads) as pool, warnings.catch_warnings():
         # Too many pixels are a reason to skip a file, see `decode_image`; Pillow warns before.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        start = 0
-        boxes = _boxes(work)
-        absolute = [f"{work.root}/{path}" for path in work.paths]
-        for chunk in fetch_files(work.source, absolute, work.sizes):
-            part = slice(start, start + len(chunk))
-            start += len(chunk)
-            decoded = pool.map(lambda data, box: _decode(work, data, box), chunk, boxes[part])
-            for path, result in zip(work.paths[part], decoded, strict=True):
-                if isinstance(result, str):
-                    skipped.append((path, result))
-                else:
-                    pixels[len(kept)] = result
-                    kept.append(path)
+        fetched = fetch_files(work.source, [f"{work.root}/{p}" for p in work.paths], work.sizes)
+        decode = partial(_decode, work)
+        decoded = in_order(pool, decode, fetched, _boxes(work), ahead=2 * n_threads)
+        for path, result in zip(work.paths, decoded, strict=True):
+            if isinstance(result, str):
+                skipped.append((path, result))
+            else:
+                pixels[len(kept)] = result
+                kept.append(path)
     buffer = io.BytesIO()
     np.save(buffer, pixels[: len(kept)])
     data = buffer.getvalue()
@@ -196,15 +193,13 @@ def _boxes(work: Work) -> Sequence[Box | str | None]:
         return [None] * len(work.paths)
     there = [i for i, path in enumerate(work.annotation_paths) if path]
     found: dict[int, Box | str] = {}
-    at = iter(there)
     paths = [work.annotation_paths[i] for i in there]
-    for chunk in fetch_files(work.annotations, paths, [work.annotation_sizes[i] for i in there]):
-        for data in chunk:
-            try:
-                box = data if isinstance(data, str) else read_boxes(data)[0]
-            except ValueError as error:
-                box = str(error)
-            found[next(at)] = box
+    fetched = fetch_files(work.annotations, paths, [work.annotation_sizes[i] for i in there])
+    for i, data in zip(there, fetched, strict=True):
+        try:
+            found[i] = data if isinstance(data, str) else read_boxes(data)[0]
+        except ValueError as error:
+            found[i] = str(error)
     return [found.get(i, "no annotated box") for i in range(len(work.paths))]
 
 

@@ -239,7 +239,7 @@ class _Training:
         with torch.random.fork_rng(devices=[]):
             # On the CPU, so that every device starts from the same weights.
             torch.manual_seed(stream_seed(p.seed, WEIGHTS))
-            g = Generator(p.image_size, p.channels, p.nz, p.ngf)
+            g = Generator(p.image_size, p.channels, p.nz, p.ngf, p.normalisation)
             d = Discriminator(p.image_size, p.channels, p.ndf)
         self.g = self._place(g)
         self.d = self._place(d)

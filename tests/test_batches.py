@@ -7,6 +7,7 @@ import torch
 from gan_lib.batches import Batches, denormalise, epoch_shares, jitter_colours, normalise
 from gan_lib.errors import ParameterError
 from gan_lib.images import ImageSet
+from gan_lib.models import Generator, render
 from gan_lib.parameters import TrainingParameters
 
 
@@ -45,6 +46,37 @@ def test_normalising_is_undone_exactly() -> None:
     assert torch.equal(denormalise(normalise(values)), values)
     assert normalise(values).min() == -1
     assert normalise(values).max() == 1
+    for mean, std in ((0.45, 0.6), (0.0, 1.0)):
+        normal = normalise(values, mean, std)
+        assert torch.equal(denormalise(normal, mean, std), values)
+        assert normal[0] == pytest.approx(-mean / std)
+        assert normal[-1] == pytest.approx((1 - mean) / std)
+
+
+def test_other_normalisation_is_the_same_picture_to_training_and_to_whoever_looks(
+    silhouettes: ImageSet,
+) -> None:
+    def pictures(**changes: float) -> torch.Tensor:
+        p = TrainingParameters(batch_size=64, image_size=16, channels=1, **changes)
+        batch = next(Batches(silhouettes, p).epoch(1)).images
+        assert batch.abs().max() <= 1
+        return denormalise(batch, *p.normalisation).float()
+
+    for augmented in ({}, {"noise": 0.3}, {"color_jitter": 0.4}):
+        usual, other = pictures(**augmented), pictures(pixel_mean=0.3, pixel_std=0.8, **augmented)
+        assert (usual - other).abs().max() <= 1, augmented
+    g = Generator(16, 1, nz=8, ngf=4, normalisation=(0.3, 0.8))
+    with torch.no_grad():
+        g.layers[-2].weight.zero_()  # tanh(0) = 0 is then every pixel
+    assert (render(g, torch.zeros(1, 8)) == round(0.3 * 255)).all()
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "least"), [(0.5, 0.25, "0.5"), (0.2, 0.5, "0.8"), (0.5, 0.0, "0.5")]
+)
+def test_pixels_beyond_tanh_are_refused(mean: float, std: float, least: str) -> None:
+    with pytest.raises(ParameterError, match=f"pixel_std is .* at least {least}"):
+        TrainingParameters(pixel_mean=mean, pixel_std=std)
 
 
 def test_ranks_see_what_one_rank_sees(silhouettes: ImageSet, tiny: TrainingParameters) -> None:
