@@ -1,4 +1,4 @@
-"""One rank's work: the discriminator's step, the generator's step, and the loop around them.
+"""One rank's work: the loop around the two steps, from the first epoch or from a checkpoint.
 
 `train_gan` runs alone in one process, or as one rank of many: it asks
 torch.distributed which, and knows nothing of Dask.
@@ -18,8 +18,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
-from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 from torch.utils.data import Dataset
 
 import gan_lib
@@ -33,6 +31,7 @@ from gan_lib.parameters import TrainingParameters
 from gan_lib.progress import ProgressBar, progress_text
 from gan_lib.ranks import Ranks, distribute, pick_device, unwrap, weights_checksum
 from gan_lib.results import LOSSES, ResultsHandler, open_run
+from gan_lib.steps import autocast, discriminator_step, generator_step
 
 
 @dataclass
@@ -66,95 +65,6 @@ class TrainingResult:
     run: str | None
     records: list[dict[str, Any]] = field(repr=False, default_factory=list)
     generator: Generator | None = field(repr=False, default=None)
-
-
-def gan_loss(scores: Tensor, label: float) -> Tensor:
-    """Binary cross-entropy of the discriminator's scores against one label.
-
-    With label 1 for real and 0 for fake this is Goodfellow et al. 2014
-    (arXiv:1406.2661), equation 1, with the generator's loss in the form that
-    does not saturate (section 3).
-
-    Args:
-        scores: logits, n.
-        label: from 0 to 1.
-    """
-    return binary_cross_entropy_with_logits(scores.float(), torch.full_like(scores.float(), label))
-
-
-def discriminator_step(
-    d: nn.Module,
-    optimizer_d: torch.optim.Optimizer,
-    real: Tensor,
-    fake: Tensor,
-    real_label: float = 0.5,
-    fake_label: float = 0.0,
-    weight: float = 1.0,
-    precision: str = "float32",
-) -> dict[str, Tensor]:
-    """Teach the discriminator to tell this rank's real images from its generated ones.
-
-    Args:
-        d: the discriminator, alone or wrapped in DDP.
-        optimizer_d: its optimiser; one step is taken.
-        real: n x C x H x W.
-        fake: n x C x H x W; the generator learns nothing from this step.
-        real_label: target for real images.
-        fake_label: target for generated images.
-        weight: of this rank's loss in the mean over ranks, see `Batch`.
-        precision: "float32" or "bfloat16".
-
-    Returns:
-        The losses "loss_d_real", "loss_d_fake" and their sum "loss_d", each a scalar.
-    """
-    d.requires_grad_(True)
-    optimizer_d.zero_grad(set_to_none=True)
-    # Real and fake pass separately, because BatchNorm would mix their statistics in one
-    # pass; and each has its backward before the other's forward: with two backward passes
-    # after two forward passes, DDP would exchange one of them and not the other, silently.
-    # The gradients add up, so only the second half needs the exchange between ranks.
-    with d.no_sync() if isinstance(d, DDP) else contextlib.nullcontext():
-        with _autocast(real.device, precision):
-            loss_d_real = gan_loss(d(real), real_label)
-        (weight * loss_d_real).backward()
-    with _autocast(real.device, precision):
-        loss_d_fake = gan_loss(d(fake.detach()), fake_label)
-    (weight * loss_d_fake).backward()
-    optimizer_d.step()
-    real_part, fake_part = loss_d_real.detach(), loss_d_fake.detach()
-    return {"loss_d_real": real_part, "loss_d_fake": fake_part, "loss_d": real_part + fake_part}
-
-
-def generator_step(
-    d: nn.Module,
-    optimizer_g: torch.optim.Optimizer,
-    fake: Tensor,
-    real_label: float = 0.5,
-    weight: float = 1.0,
-    precision: str = "float32",
-) -> dict[str, Tensor]:
-    """Teach the generator to make images that the discriminator takes for real.
-
-    Args:
-        d: the discriminator, alone or wrapped in DDP; it learns nothing from this step.
-        optimizer_g: the generator's optimiser; one step is taken.
-        fake: n x C x H x W, as the generator (alone or in DDP) returned them.
-        real_label: target for the generated images.
-        weight: of this rank's loss in the mean over ranks, see `Batch`.
-        precision: "float32" or "bfloat16".
-
-    Returns:
-        The loss "loss_g", a scalar.
-    """
-    optimizer_g.zero_grad(set_to_none=True)
-    # The gradient flows through D to the images, but D's own weights need none: frozen
-    # and without its DDP wrapper it computes none and exchanges none.
-    judge = unwrap(d).requires_grad_(False)
-    with _autocast(fake.device, precision):
-        loss_g = gan_loss(judge(fake), real_label)
-    (weight * loss_g).backward()
-    optimizer_g.step()
-    return {"loss_g": loss_g.detach()}
 
 
 def train_gan(
@@ -258,7 +168,7 @@ class _Training:
         p = self.parameters
         seed = stream_seed(p.seed, LATENTS, self.iteration)
         z = latent_vectors(batch.n_total, p.nz, seed)[batch.share].to(self.device)
-        with _autocast(self.device, p.precision):
+        with autocast(self.device, p.precision):
             fake = self.g(z)
         losses = discriminator_step(
             self.d,
@@ -443,7 +353,3 @@ def _describe(training: _Training, batches: Batches, images_sha256: str) -> dict
             **{name: importlib.metadata.version(name) for name in ("torch", "dask")},
         },
     }
-
-
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")

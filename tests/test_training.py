@@ -13,14 +13,10 @@ from gan_lib.errors import DivergenceError, ParameterError, RunError
 from gan_lib.images import ImageSet
 from gan_lib.models import Discriminator, Generator, latent_vectors
 from gan_lib.parameters import TrainingParameters
+from gan_lib.ranks import distribute
 from gan_lib.results import open_run
-from gan_lib.training import (
-    discriminator_step,
-    distribute,
-    gan_loss,
-    generator_step,
-    train_gan,
-)
+from gan_lib.steps import discriminator_step, gan_loss, generator_step
+from gan_lib.training import train_gan
 
 
 def test_records_say_how_long_a_step_waits_for_data(
