@@ -139,9 +139,9 @@ class Batches:
         p = self.parameters
         return epoch_shares(len(self.images), p.batch_size, self.world_size, p.seed, epoch)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """This rank's batches of one epoch, in order."""
-        for step, shares in enumerate(self._shares(epoch)):
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """This rank's batches of one epoch, in order; those before `first_step` are left out."""
+        for step, shares in enumerate(self._shares(epoch)[first_step:], first_step):
             start = sum(len(share) for share in shares[: self.rank])
             mine, n_total = shares[self.rank], sum(map(len, shares))
             pixels = torch.from_numpy(self.images.pixels[mine]).to(self.device, non_blocking=True)

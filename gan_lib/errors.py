@@ -36,5 +36,9 @@ class DivergenceError(UserError):
     """Training has run away: a loss is no longer a finite number."""
 
 
+class ReplicaError(UserError):
+    """The networks of two ranks, which should be equal, are not."""
+
+
 class NotebookError(UserError):
     """A cell of a notebook failed; the executed notebook is kept."""

@@ -1,17 +1,24 @@
-"""What rank 0 keeps of a run while it trains: files in the run directory, numbers for a handler."""
+"""What rank 0 keeps of a run while it trains: files in the run directory, numbers for a handler.
+
+Files are written by a thread, in order: training does not wait for a disk or a store, and what
+a checkpoint builds on is there before it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
+import queue
+import threading
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+from gan_lib.checkpoints import Checkpoints, Position
 from gan_lib.errors import RunError
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results import (
@@ -29,6 +36,18 @@ from gan_lib.results import (
 
 # How often the records of a long epoch are written while it goes on, for those who watch.
 SECONDS_BETWEEN_WRITES = 2.0
+# How often the run directory is looked at for a request to stop at once ...
+SECONDS_BETWEEN_LOOKS = 1.0
+# ... and told that the run is alive.
+SECONDS_BETWEEN_SIGNS = 15.0
+# Seconds before a file that could not be written is tried again: a disk may be full for a moment.
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
+# Files that may wait to be written: checkpoints among them hold memory.
+WAITING_FILES = 8
+# What a resumed run may be told anew; all else decides what its weights become.
+MAY_CHANGE = (
+    "epochs", "record_every", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_every"
+)  # fmt: skip
 
 
 class Keeper:
@@ -38,6 +57,8 @@ class Keeper:
         run: URL of the run directory, or None for none.
         results: also gets parameters.json and the records.
         parameters: say what is kept, and when.
+        attempt: names this attempt of a supervised job: once status.json names another one,
+            nothing more is written. Empty for a training that nobody supervises.
     """
 
     def __init__(
@@ -45,24 +66,36 @@ class Keeper:
         run: str | None,
         results: ResultsHandler | None,
         parameters: TrainingParameters,
+        attempt: str = "",
     ) -> None:
         self.writer = RunWriter(run) if run is not None else None
         self.results = results
         self.parameters = parameters
-        self._written_at = time.monotonic()
-        self._checkpoints = open_run(run).epochs("checkpoints") if run is not None else []
+        self.asked_now = False
+        self._supervised = bool(attempt)
+        self._attempt = attempt or uuid.uuid4().hex
+        self._restarts: list[str] = []
+        self._written_at = self._signed_at = time.monotonic()
+        self._state = ""
+        if run is not None:
+            self._restarts = list(open_run(run).status().restarts) if attempt else []
+            self._checkpoints = Checkpoints(RunWriter(run))
+            self._background = BackgroundWriter(idle=self._look)
+            if not attempt:
+                self._set_status("waiting")
 
     def keep_parameters(self, info: dict[str, Any]) -> None:
         """What the run was told, and what it runs on."""
         text = json.dumps(info, indent=2)
-        for target in (self.writer, self.results):
-            if target is not None:
-                target.submit_result(PARAMETERS, text)
+        if self.writer is not None:
+            self._background.submit(self._write, PARAMETERS, text)
+        if self.results is not None:
+            self.results.submit_result(PARAMETERS, text)
 
     def keep_status(self, state: str, **details: Any) -> None:
-        """What the run is doing."""
-        if self.writer is not None:
-            self.writer.set_status(state, **details)
+        """What the run is doing. That a supervised attempt failed is its supervisor's to say."""
+        if self.writer is not None and not (state == "failed" and self._supervised):
+            self._background.submit(self._set_status, state, **details)
 
     def keep_records(self, epoch: int, records: list[dict[str, Any]]) -> None:
         """The records so far of an epoch that goes on, now and then."""
@@ -70,7 +103,8 @@ class Keeper:
             now = time.monotonic()
             if now - self._written_at >= SECONDS_BETWEEN_WRITES:
                 self._written_at = now
-                self.writer.submit_result(epoch_path("records", epoch), _lines(records))
+                path = epoch_path("records", epoch)
+                self._background.submit(self._write, path, _lines(records))
 
     def keep_epoch(
         self,
@@ -78,51 +112,166 @@ class Keeper:
         records: list[dict[str, Any]],
         draw: Callable[[], np.ndarray],
         state: Callable[[], dict[str, Any]],
-    ) -> bool:
-        """All that a finished epoch leaves; True if somebody asked to stop.
+        last: bool,
+    ) -> None:
+        """All that a finished epoch leaves.
 
         Args:
             epoch: which.
             records: of its iterations.
             draw: makes the pictures, uint8, N x H x W x C; called if they are due.
             state: makes the content of a checkpoint; called if one is due.
+            last: a picture and a checkpoint are due in any case.
         """
         p = self.parameters
         if self.results is not None:
             self.results.submit_result(epoch_path("records", epoch), _lines(records))
         if self.writer is None:
-            return False
-        self.writer.submit_result(epoch_path("records", epoch), _lines(records))
+            return
+        self._background.submit(self._write, epoch_path("records", epoch), _lines(records))
         # An epoch shorter than `record_every` may have no record.
         if records:
-            self._keep_tensorboard(epoch, records)
-        stop = self.writer.exists(STOP)
-        last = stop or epoch == p.epochs
+            self._background.submit(self._write_tensorboard, epoch, records)
         if last or epoch % p.sample_every == 0 or epoch == 1:
-            self.writer.submit_result(epoch_path("samples", epoch), png_bytes(image_grid(draw())))
+            picture = image_grid(draw())
+            self._background.submit(
+                lambda: self._write(epoch_path("samples", epoch), png_bytes(picture))
+            )
         if last or epoch % p.checkpoint_every == 0:
-            buffer = io.BytesIO()
-            torch.save(state(), buffer)
-            self.writer.submit_result(epoch_path("checkpoints", epoch), buffer.getvalue())
-            self._forget_checkpoints(epoch)
-        if stop:
-            self.writer.remove(STOP)
-        return stop
+            self._background.submit(self._write_checkpoint, Position(epoch), _copied(state()))
 
-    def _keep_tensorboard(self, epoch: int, records: list[dict[str, Any]]) -> None:
+    def keep_part(self, epoch: int, records: list[dict[str, Any]], state: dict[str, Any]) -> None:
+        """What an epoch leaves that is stopped before its end; resume does the rest of it."""
+        if self.writer is not None:
+            self._background.submit(self._write, epoch_path("records", epoch), _lines(records))
+            position = Position(epoch - 1, within=True)
+            self._background.submit(self._write_checkpoint, position, _copied(state))
+
+    def asked(self) -> str:
+        """What somebody asked for: "epoch", "now" or "regroup"; empty if nothing."""
+        if self.writer is None:
+            return ""
+        self._background.check()
+        return self.writer.request()
+
+    def close(self, state: str = "", granted: str = "") -> None:
+        """Wait until all is written.
+
+        Args:
+            state: what the run then is.
+            granted: the request that is fulfilled with it.
+
+        Raises:
+            OSError: what a file could not be written for.
+        """
+        if self.writer is None:
+            return
+        if granted and self.writer.request() == granted:
+            self.writer.remove(STOP)
+        if state:
+            self._background.submit(self._set_status, state)
+        self._background.close()
+
+    def _write(self, path: str, data: str | bytes) -> None:
         assert self.writer is not None
+        self._check_that_it_is_ours()
+        self.writer.submit_result(path, data)
+
+    def _write_checkpoint(self, position: Position, state: dict[str, Any]) -> None:
+        self._check_that_it_is_ours()
+        self._checkpoints.write(position, state)
+        self._checkpoints.thin_out(self.parameters.keep_checkpoints, self.parameters.keep_every)
+
+    def _write_tensorboard(self, epoch: int, records: list[dict[str, Any]]) -> None:
         # Optional on the workers of a cluster: records.jsonl says the same.
         with contextlib.suppress(ImportError):
-            # TensorBoard reads the event files of a folder in the order of their names.
-            path = f"tensorboard/events.out.tfevents.epoch_{epoch:04d}"
-            self.writer.submit_result(path, tensorboard_events(records))
+            self._write(tensorboard_path(epoch), tensorboard_events(records))
 
-    def _forget_checkpoints(self, epoch: int) -> None:
+    def _set_status(self, state: str, **details: Any) -> None:
         assert self.writer is not None
-        self._checkpoints = [e for e in self._checkpoints if e != epoch] + [epoch]
-        keep = self.parameters.keep_checkpoints
-        while keep and len(self._checkpoints) > keep:
-            self.writer.remove(epoch_path("checkpoints", self._checkpoints.pop(0)))
+        if self._state:
+            self._check_that_it_is_ours()
+        self._state, self._signed_at = state, time.monotonic()
+        self.writer.set_status(state, job=self._attempt, restarts=self._restarts, **details)
+
+    def _check_that_it_is_ours(self) -> None:
+        assert self.writer is not None
+        # A rank that was suspended and wakes up must not write into what others now train.
+        if open_run(self.writer.url).status().job != self._attempt:
+            raise RunError(f"another job goes on with {self.writer.url}: this one ends here")
+
+    def _look(self) -> None:
+        assert self.writer is not None
+        # What cannot be read now can be read at the next look.
+        with contextlib.suppress(OSError, ValueError):
+            self.asked_now = self.writer.request() == "now"
+            silent = time.monotonic() - self._signed_at
+            if self._state == "training" and silent > SECONDS_BETWEEN_SIGNS:
+                self._set_status("training")
+
+
+class BackgroundWriter:
+    """Carries out what writes files, in order, in a thread.
+
+    What fails is tried again, with growing pauses. Once something has failed for good, nothing
+    that comes after it is done, and whoever submits, checks or closes gets its error.
+
+    Args:
+        idle: called every second or so in between.
+    """
+
+    def __init__(self, idle: Callable[[], None]) -> None:
+        self._idle = idle
+        self._error: BaseException | None = None
+        self._waiting: queue.Queue[Callable[[], None] | None] = queue.Queue(WAITING_FILES)
+        self._thread = threading.Thread(target=self._run, name="keeping", daemon=True)
+        self._thread.start()
+
+    def submit(self, function: Callable[..., None], *arguments: Any, **named: Any) -> None:
+        """Have it done after all that was submitted before; waits if that is too much."""
+        self.check()
+        self._waiting.put(lambda: function(*arguments, **named))
+
+    def check(self) -> None:
+        """Raise the error of what failed for good."""
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Wait until everything is done."""
+        self._waiting.put(None)
+        self._thread.join()
+        self.check()
+
+    def _run(self) -> None:
+        looked_at = time.monotonic()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                work = self._waiting.get(timeout=SECONDS_BETWEEN_LOOKS)
+                if work is None:
+                    return
+                if self._error is None:
+                    self._do(work)
+            if self._error is None and time.monotonic() - looked_at >= SECONDS_BETWEEN_LOOKS:
+                looked_at = time.monotonic()
+                try:
+                    self._idle()
+                except Exception as error:
+                    self._error = error
+
+    def _do(self, work: Callable[[], None]) -> None:
+        for pause in (*PAUSES, None):
+            try:
+                work()
+                return
+            except OSError as error:
+                if pause is None:
+                    self._error = error
+                    return
+                time.sleep(pause)
+            except Exception as error:
+                self._error = error
+                return
 
 
 def claim_run(run: str, parameters: TrainingParameters, resume: bool) -> None:
@@ -141,18 +290,80 @@ def claim_run(run: str, parameters: TrainingParameters, resume: bool) -> None:
         if existing.epochs("records") or existing.parameters != parameters:
             create_run(run, parameters)  # which refuses
         return
-    may_change = ("epochs", "record_every", "sample_every", "checkpoint_every", "keep_checkpoints")
-    old, new = existing.parameters.to_dict(), parameters.to_dict()
+    refuse_differences(run, existing.parameters, parameters)
+
+
+def refuse_differences(run: str, old: TrainingParameters, new: TrainingParameters) -> None:
+    """Raise RunError, naming each parameter that a resumed run may not be told anew."""
+    was, now = old.to_dict(), new.to_dict()
     differences = [
-        f"{name} was {old[name]!r} and is {new[name]!r}"
-        for name in old
-        if old[name] != new[name] and name not in (*may_change, "device")
+        f"{name} was {was[name]!r} and is {now[name]!r}"
+        for name in was
+        if was[name] != now[name] and name not in (*MAY_CHANGE, "device")
     ]
     if differences:
         raise RunError(
             f"{run} cannot be resumed with other parameters: {'; '.join(differences)}. "
-            f"Only {', '.join(may_change)} may change"
+            f"Only {', '.join(MAY_CHANGE)} may change"
         )
+
+
+def take_up(run: str, start_over: bool) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
+    """The newest whole checkpoint of a run, from which it goes on; what came later is deleted.
+
+    Args:
+        run: URL of the run directory.
+        start_over: begin anew where every checkpoint is damaged.
+
+    Returns:
+        The checkpoint's content (empty if there is none), the records of the epoch that
+        it is inside of, and what was wrong with newer checkpoints.
+
+    Raises:
+        RunError: if every checkpoint is damaged.
+    """
+    writer = RunWriter(run)
+    checkpoints = Checkpoints(writer)
+    position, state, damaged = checkpoints.newest()
+    if position is None:
+        if damaged and not start_over:
+            raise RunError(
+                f"all checkpoints in {run} are damaged, the newest: {damaged[0]}. Launch a new run"
+            )
+        position = Position(0)
+    opened = open_run(run)
+    records: list[dict[str, Any]] = []
+    if position.within and position.epochs + 1 in opened.epochs("records"):
+        known = opened.records([position.epochs + 1]).to_dict("records")
+        records = [record for record in known if record["iteration"] <= state["iteration"]]
+    # An iteration is recorded once: what follows the checkpoint is trained again.
+    for kind in ("records", "samples"):
+        for epoch in opened.epochs(kind):
+            if records and kind == "records" and epoch == position.epochs + 1:
+                writer.submit_result(epoch_path(kind, epoch), _lines(records))
+            elif epoch > position.epochs:
+                writer.remove(epoch_path(kind, epoch))
+                writer.remove(tensorboard_path(epoch))
+    for later in checkpoints.positions():
+        if later > position:
+            checkpoints.remove(later)
+    return state, records, damaged
+
+
+def tensorboard_path(epoch: int) -> str:
+    """Path of an epoch's events below the run directory; TensorBoard reads them by name."""
+    return f"tensorboard/events.out.tfevents.epoch_{epoch:04d}"
+
+
+def _copied(state: Any) -> Any:
+    """The same content in memory of its own: training goes on while it is written."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return type(state)((key, _copied(value)) for key, value in state.items())
+    if isinstance(state, list):
+        return [_copied(value) for value in state]
+    return state
 
 
 def _lines(records: list[dict[str, Any]]) -> str:

@@ -68,6 +68,7 @@ class TrainingParameters:
     sample_every: int = 1  # epochs between two pictures of the same latent vectors
     checkpoint_every: int = 5  # epochs between two checkpoints; the last epoch always has one
     keep_checkpoints: int = 3  # older checkpoints are deleted; 0 keeps all
+    keep_every: int = 0  # ... but not those of epochs that this divides; 0 divides none
     n_samples: int = 64  # images in each picture
 
     # The machine
@@ -93,7 +94,7 @@ class TrainingParameters:
         at_least_one = ("nz", "ngf", "ndf", "epochs", "batch_size", "record_every")
         for name in (*at_least_one, "sample_every", "checkpoint_every", "n_samples"):
             _require_range(name, getattr(self, name), 1, None)
-        for name in ("max_images", "keep_checkpoints"):
+        for name in ("max_images", "keep_checkpoints", "keep_every"):
             _require_range(name, getattr(self, name), 0, None)
         _require_range("seed", self.seed, 0, 2**31 - 1)
         for name in ("lr_g", "lr_d"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
-from gan_lib.errors import ParameterError
+from gan_lib.errors import ParameterError, ReplicaError
+
+# Names the attempt of a supervised job that this process is a rank of.
+ATTEMPT_VARIABLE = "GAN_LIB_ATTEMPT"
+# Set when nobody waits any more for what this process's rank does: it should keep what it has
+# and end.
+LEAVE = threading.Event()
 
 
 class Ranks:
@@ -73,6 +80,31 @@ class Ranks:
                     f"{what} of rank {rank} differ from those of rank 0: "
                     "every worker must read the same images and be told the same"
                 )
+
+    def require_equal_weights(self, networks: dict[str, nn.Module]) -> None:
+        """Compare the weights and buffers of all ranks.
+
+        Raises:
+            ReplicaError: naming the first rank and tensor that differ from those of rank 0.
+        """
+        mine = {
+            f"{name}.{key}": _checksum(value)
+            for name, module in networks.items()
+            for key, value in unwrap(module).state_dict().items()
+        }
+        first, *others = self.gather(mine)
+        for rank, theirs in enumerate(others, 1):
+            for name, checksum in theirs.items():
+                if checksum != first[name]:
+                    raise ReplicaError(
+                        f"{name} of rank {rank} differs from that of rank 0: the ranks no longer "
+                        "train the same networks (bad memory, another version of torch, or a "
+                        "change that one rank made alone). The last checkpoint is from before"
+                    )
+
+
+def _checksum(value: Tensor) -> str:
+    return hashlib.sha256(value.detach().cpu().contiguous().numpy()).hexdigest()
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -6,7 +6,8 @@ A run lives in one directory, at any fsspec URL:
     status.json                  what it is doing, or how it ended
     records/epoch_0107.jsonl     one line per recorded iteration
     samples/epoch_0107.png       the same latent vectors every time
-    checkpoints/epoch_0107.pt    all that is needed to go on
+    checkpoints/epoch_0107.pt    all that is needed to go on; see gan_lib.checkpoints
+    stop                         somebody asks the run to end
     tensorboard/                 the same records for TensorBoard
 
 Every file is written whole and put in place at once, so a reader never sees
@@ -23,20 +24,26 @@ import queue
 import re
 import time
 import uuid
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pandas as pd
-import torch
 from PIL import Image
 
+from gan_lib.checkpoints import Checkpoints, Position
 from gan_lib.errors import RunError
 from gan_lib.models import Generator, generate_images
 from gan_lib.parameters import TrainingParameters
 from gan_lib.storage import Folder, refuse_credentials
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from gan_lib.jobs import Job
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +105,13 @@ class RunWriter(Folder):
         """Put a file in place, replacing an older one of that name."""
         self.write(path, data.encode() if isinstance(data, str) else data)
 
+    def request(self) -> str:
+        """What the file `stop` asks for: "epoch", "now" or "regroup"; empty without one."""
+        try:
+            return self.read(STOP).decode().strip() or "epoch"
+        except FileNotFoundError:
+            return ""
+
     def set_status(self, state: str, **details: Any) -> None:
         """Say what the run is doing: "waiting", "training", "stopped", "finished" or "failed"."""
         self.submit_result(STATUS, json.dumps({"state": state, "time": time.time(), **details}))
@@ -148,11 +162,15 @@ class RunStatus:
         state: "waiting", "training", "stopped", "finished" or "failed".
         time: when it said so, in seconds since 1970.
         error: what ended it, if it failed.
+        job: the attempt that may write into it.
+        restarts: why it was started again, a sentence for each time.
     """
 
     state: str
     time: float
     error: str = ""
+    job: str = ""
+    restarts: tuple[str, ...] = ()
 
 
 class Run:
@@ -187,9 +205,10 @@ class Run:
     def status(self) -> RunStatus:
         """What the run was last heard to do."""
         try:
-            return RunStatus(**json.loads(self._folder.read(STATUS)))
+            told = json.loads(self._folder.read(STATUS))
         except FileNotFoundError:
             return RunStatus("waiting", 0.0)
+        return RunStatus(**told | {"restarts": tuple(told.get("restarts", ()))})
 
     def epochs(self, kind: str) -> list[int]:
         """The epochs that have a file of this kind: "records", "samples" or "checkpoints"."""
@@ -229,23 +248,19 @@ class Run:
         Raises:
             RunError: if there is none of that epoch, or the file is damaged.
         """
+        checkpoints = Checkpoints(self._folder)
+        if epoch == "latest":
+            position, state, damaged = checkpoints.newest()
+            if position is None:
+                why = damaged[0] if damaged else "wait for its first"
+                raise RunError(f"{self.url} has no checkpoint yet that is whole: {why}")
+            for sentence in damaged:
+                warnings.warn(sentence, stacklevel=2)
+            return state
         kept = self.epochs("checkpoints")
-        if not kept:
-            raise RunError(f"{self.url} has no checkpoint yet: wait for its first")
-        wanted = kept[-1] if epoch == "latest" else epoch
-        if wanted not in kept:
-            raise RunError(
-                f"{self.url} has no checkpoint of epoch {wanted}: it keeps {_join(kept)}"
-            )
-        data = io.BytesIO(self._read("checkpoints", wanted))
-        try:
-            return torch.load(data, map_location="cpu", weights_only=True)
-        # torch.load has no exception of its own for a damaged file.
-        except Exception as error:
-            raise RunError(
-                f"the checkpoint of epoch {wanted} in {self.url} is damaged "
-                f"({type(error).__name__}): open another of {_join(kept)}"
-            ) from error
+        if epoch not in kept:
+            raise RunError(f"{self.url} has no checkpoint of epoch {epoch}: it keeps {_join(kept)}")
+        return checkpoints.read(Position(int(epoch)))
 
     def generator(self, epoch: int | str = "latest") -> Generator:
         """The generator as it was after an epoch, in eval mode on the CPU."""
@@ -257,6 +272,38 @@ class Run:
     def generate(self, n: int, epoch: int | str = "latest", seed: int = 0) -> np.ndarray:
         """Make `n` new images: uint8, n x H x W x C."""
         return generate_images(self.generator(epoch), n, seed)
+
+    def stop(self, now: bool = False) -> None:
+        """Ask the training to end, with a picture and a checkpoint; it can be resumed.
+
+        Args:
+            now: within seconds, inside an epoch; if not, after the current epoch.
+        """
+        if self.status().state in ("waiting", "training"):
+            RunWriter(self.url).submit_result(STOP, "now" if now else "epoch")
+
+    def resume(self, client: Client, n_workers: int | None = None, **changes: Any) -> Job:
+        """Go on from the newest checkpoint, on any cluster, with any number of workers.
+
+        Args:
+            client: of the cluster.
+            n_workers: use only this many; None uses all.
+            **changes: parameters that may change, such as `epochs`.
+
+        Raises:
+            As `gan_lib.cluster.launch`.
+        """
+        # Reading a run needs no cluster.
+        from gan_lib.cluster import launch
+
+        parameters = self.parameters.replace(**changes)
+        return launch(client, parameters, self.url, n_workers=n_workers, resume=True)
+
+    def watch(self) -> None:
+        """Show the progress until the run ends, from its files alone, whoever started it."""
+        from gan_lib.watching import watch_from_outside
+
+        watch_from_outside(self)
 
     def _read(self, kind: str, epoch: int) -> bytes:
         try:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
+import os
 import platform
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,12 +26,20 @@ from gan_lib.batches import LATENTS, SAMPLES, WEIGHTS, Batch, Batches, stream_se
 from gan_lib.datasets import dataset_images
 from gan_lib.errors import DivergenceError, ParameterError
 from gan_lib.images import ImageSet, prepare_images
-from gan_lib.keeping import Keeper, claim_run
+from gan_lib.keeping import Keeper, claim_run, take_up
 from gan_lib.models import Discriminator, Generator, latent_vectors, render
 from gan_lib.parameters import TrainingParameters
-from gan_lib.progress import ProgressBar, progress_text
-from gan_lib.ranks import Ranks, distribute, pick_device, unwrap, weights_checksum
-from gan_lib.results import LOSSES, ResultsHandler, open_run
+from gan_lib.progress import ProgressBar, Stopwatch, progress_text
+from gan_lib.ranks import (
+    ATTEMPT_VARIABLE,
+    LEAVE,
+    Ranks,
+    distribute,
+    pick_device,
+    unwrap,
+    weights_checksum,
+)
+from gan_lib.results import LOSSES, ResultsHandler
 from gan_lib.steps import autocast, discriminator_step, generator_step
 
 
@@ -48,6 +57,7 @@ class TrainingResult:
         images_per_second: over all ranks together.
         weights_sha256: of generator and discriminator, equal on all ranks.
         stopped: whether it was asked to stop before its last epoch.
+        asked: for what: "epoch", "now" or "regroup" (to go on with more ranks).
         run: URL of the run directory, if one was written.
         records: one dictionary per recorded iteration (rank 0 only).
         generator: the trained generator, if this was the only rank.
@@ -62,6 +72,7 @@ class TrainingResult:
     images_per_second: float
     weights_sha256: str
     stopped: bool
+    asked: str
     run: str | None
     records: list[dict[str, Any]] = field(repr=False, default_factory=list)
     generator: Generator | None = field(repr=False, default=None)
@@ -85,7 +96,7 @@ def train_gan(
         images: train on these in place of `parameters.source`: prepared ones, or a torch
             Dataset of (image, label), which reads them anew each time (see `dataset_images`).
         results: also gets parameters.json and the records, e.g. a `DaskResultsHandler`.
-        resume: go on from the newest checkpoint in `run`.
+        resume: go on from the newest whole checkpoint in `run`; from the start if there is none.
         local_rank: which GPU of this machine to take; None asks the environment variable
             LOCAL_RANK, and takes the first GPU if that is not set.
         progress: show a progress bar; None shows one if this is the only rank.
@@ -95,6 +106,8 @@ def train_gan(
         SourceError: if there are no images.
         RunError: if `run` is taken, or `resume` finds other parameters there.
         DivergenceError: if a loss is no longer a finite number.
+        ReplicaError: if the ranks' networks are no longer equal.
+        OSError: if the run directory can no longer be written.
     """
     if not isinstance(parameters, TrainingParameters):
         parameters = TrainingParameters.from_mapping(parameters or {})
@@ -115,26 +128,48 @@ def train_gan(
     batches = Batches(images, parameters, ranks.rank, ranks.world_size, device)
 
     training = _Training(parameters, ranks, device)
+    attempt = os.environ.get(ATTEMPT_VARIABLE, "")
     if run is not None:
         # Rank 0 decides whether the place is good, and all ranks hear of it.
         ranks.from_first(lambda: claim_run(run, parameters, resume))
-        if resume:
-            training.load(ranks.from_first(lambda: open_run(run).checkpoint()))
-    keeper = Keeper(run, results, parameters) if ranks.rank == 0 else None
-    if keeper is not None:
-        keeper.keep_parameters(_describe(training, batches, checksum))
+    keeper = Keeper(run, results, parameters, attempt) if ranks.rank == 0 else None
     try:
-        result = _run_epochs(training, batches, keeper, show)
+        records: list[dict[str, Any]] = []
+        damaged: list[str] = []
+        if run is not None and resume:
+            # Nobody is there to decide: a job that restarts begins anew if it has to.
+            start_over = bool(attempt)
+            state, records, damaged = ranks.from_first(lambda: take_up(run, start_over))
+            if state:
+                training.load(state)
+        if keeper is not None:
+            info = _describe(training, batches, checksum)
+            info["resumed"] = {"epoch": training.epoch, "damaged": damaged} if resume else None
+            keeper.keep_parameters(info)
+        result = _run_epochs(training, batches, keeper, records, show)
+        if keeper is not None:
+            ended = (
+                "waiting"
+                if result.asked == "regroup"
+                else "stopped"
+                if result.stopped
+                else "finished"
+            )
+            keeper.close(ended, granted=result.asked)
     except Exception as error:
         if keeper is not None:
             # A full disk, say, must not hide why the run ended.
             with contextlib.suppress(Exception):
                 keeper.keep_status("failed", error=f"{type(error).__name__}: {error}")
+            with contextlib.suppress(Exception):
+                keeper.close()
         raise
-    if keeper is not None:
-        keeper.keep_status("stopped" if result.stopped else "finished")
     result.run = run
     return result
+
+
+# The ranks compare losses, and hear of a request to stop, at least this often.
+STEPS_BETWEEN_EXCHANGES = 10
 
 
 class _Training:
@@ -145,6 +180,7 @@ class _Training:
         self.ranks = ranks
         self.device = device
         self.epoch = 0
+        self.steps_done = 0  # of the epoch after that
         self.iteration = 0
         with torch.random.fork_rng(devices=[]):
             # On the CPU, so that every device starts from the same weights.
@@ -184,6 +220,7 @@ class _Training:
             self.d, self.optimizer_g, fake, p.real_label, batch.weight, p.precision
         )
         self.iteration += 1
+        self.steps_done += 1
         return losses
 
     def average_statistics(self) -> None:
@@ -203,124 +240,175 @@ class _Training:
         """The images of the run's own latent vectors: uint8, N x H x W x C."""
         return render(unwrap(self.g), self.sample_latents)
 
+    def exchange(self, losses: list[Tensor], leave: bool) -> tuple[list[dict[str, float]], bool]:
+        """Compare notes between the ranks.
+
+        Args:
+            losses: of this rank's last steps, each weighted, in the order of LOSSES.
+            leave: whether this rank knows that all should stop at once.
+
+        Returns:
+            The means over the ranks, of each step; and whether any rank wants to leave.
+
+        Raises:
+            DivergenceError: on all ranks together, naming the first step that has no finite loss.
+        """
+        mine = torch.stack([*losses, torch.full_like(losses[0], float(leave))])
+        *means, wishes = self.ranks.mean(mine).tolist()
+        steps = [dict(zip(LOSSES, values, strict=True)) for values in means]
+        for ago, step in enumerate(reversed(steps)):
+            step["iteration"] = self.iteration - ago
+        for step in steps:
+            for name in LOSSES:
+                if not math.isfinite(step[name]):
+                    raise DivergenceError(
+                        f"{name} is {step[name]} at iteration {step['iteration']} of epoch "
+                        f"{self.epoch + 1}: training has diverged. The last checkpoint is from "
+                        "before; lower lr_g and lr_d, or use precision float32, in a new run"
+                    )
+        return steps, wishes[0] > 0
+
     def state(self) -> dict[str, Any]:
-        """All that is needed to go on after the current epoch."""
+        """All that is needed to go on exactly here; every rank has to ask for it together.
+
+        There is no state of random generators: every draw is a function of the seed and of
+        where in the run it is made (see `gan_lib.batches`).
+        """
+        # Between the ends of two epochs, each rank has BatchNorm statistics of its own.
+        own = dict(self._statistics()) if self.steps_done else {}
         return {
             "epoch": self.epoch,
+            "step": self.steps_done,
             "iteration": self.iteration,
             "parameters": self.parameters.to_dict(),
             "generator": unwrap(self.g).state_dict(),
             "discriminator": unwrap(self.d).state_dict(),
             "optimizer_g": self.optimizer_g.state_dict(),
             "optimizer_d": self.optimizer_d.state_dict(),
+            "statistics": self.ranks.gather({k: v.cpu() for k, v in own.items()}) if own else [],
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
         self.epoch = state["epoch"]
+        self.steps_done = state.get("step", 0)
         self.iteration = state["iteration"]
         unwrap(self.g).load_state_dict(state["generator"])
         unwrap(self.d).load_state_dict(state["discriminator"])
         self.optimizer_g.load_state_dict(state["optimizer_g"])
         self.optimizer_d.load_state_dict(state["optimizer_d"])
+        by_rank = state.get("statistics", [])
+        for name, buffer in self._statistics() if by_rank else ():
+            values = [statistics[name] for statistics in by_rank]
+            same = len(values) == self.ranks.world_size
+            buffer.copy_(values[self.ranks.rank] if same else torch.stack(values).mean(0))
+
+    def _statistics(self) -> Iterator[tuple[str, Tensor]]:
+        for network, module in (("generator", self.g), ("discriminator", self.d)):
+            for name, buffer in unwrap(module).named_buffers():
+                if buffer.is_floating_point():
+                    yield f"{network}.{name}", buffer
 
 
 def _run_epochs(
-    training: _Training, batches: Batches, keeper: Keeper | None, show: bool
+    training: _Training,
+    batches: Batches,
+    keeper: Keeper | None,
+    records: list[dict[str, Any]],
+    show: bool,
 ) -> TrainingResult:
+    """Train until the last epoch, or until somebody asks to stop.
+
+    `records` are those of the epoch that the training is inside of.
+    """
     p, ranks = training.parameters, training.ranks
     first_epoch, first_iteration = training.epoch, training.iteration
-    todo = max(0, p.epochs - first_epoch)
-    n_images = 0
-    stopped = False
+    todo = max(0, (p.epochs - first_epoch) * batches.steps_per_epoch - training.steps_done)
+    asked = ""
     all_records: list[dict[str, Any]] = []
     if keeper is not None:
         keeper.keep_status("training")
-    started = time.perf_counter()
-    stopwatch = _Stopwatch()
-    with ProgressBar(todo * batches.steps_per_epoch, "training", "step", show=show) as bar:
-        while training.epoch < p.epochs and not stopped:
-            epoch = training.epoch + 1
-            records: list[dict[str, Any]] = []
-            for batch in stopwatch.over(batches.epoch(epoch)):
-                losses = training.step(batch)
-                n_images += batch.n_total
-                if training.iteration % p.record_every == 0:
-                    rate = n_images / (time.perf_counter() - started)
-                    record = _record(training, epoch, losses, batch.weight, rate)
-                    records.append(record | {"data_wait": stopwatch.share()})
-                    if keeper is not None:
-                        keeper.keep_records(epoch, records)
-                bar.update(1, progress_text(records[-1], p.epochs) if records else "")
-            training.average_statistics()
-            training.epoch = epoch
+    stopwatch = Stopwatch()
+    with ProgressBar(todo, "training", "step", show=show) as bar:
+        while training.epoch < p.epochs and not asked:
+            leave = _run_steps(training, batches, keeper, records, stopwatch, bar)
+            if training.steps_done < batches.steps_per_epoch:
+                state = training.state()
+                if keeper is not None:
+                    keeper.keep_part(training.epoch + 1, records, state)
+                asked = "now"
+            else:
+                asked = _end_epoch(training, keeper, records, leave)
             all_records += records
-            if keeper is not None:
-                stopped = keeper.keep_epoch(epoch, records, training.draw, training.state)
-            stopped = ranks.from_first(lambda asked=stopped: asked)
-    seconds = time.perf_counter() - started
+            records = []
     checksum = weights_checksum(training.g, training.d)
-    ranks.require_equal("weights after training", checksum)
+    if not training.steps_done:
+        ranks.require_equal("weights after training", checksum)
     return TrainingResult(
         rank=ranks.rank,
         world_size=ranks.world_size,
         device=str(training.device),
         epochs=training.epoch - first_epoch,
         iterations=training.iteration - first_iteration,
-        seconds=seconds,
-        images_per_second=n_images / seconds,
+        seconds=stopwatch.seconds(),
+        images_per_second=stopwatch.rate(),
         weights_sha256=checksum,
-        stopped=stopped and training.epoch < p.epochs,
+        stopped=bool(asked) and training.epoch < p.epochs,
+        asked=asked,
         run=None,
         records=all_records if ranks.rank == 0 else [],
         generator=None if ranks.distributed else training.g.cpu().eval(),
     )
 
 
-class _Stopwatch:
-    """Which part of the time goes into waiting for the next item."""
+def _run_steps(
+    training: _Training,
+    batches: Batches,
+    keeper: Keeper | None,
+    records: list[dict[str, Any]],
+    stopwatch: Stopwatch,
+    bar: ProgressBar,
+) -> bool:
+    """The steps of an epoch that are not done yet; True if the ranks are to stop at once."""
+    p = training.parameters
+    losses: list[Tensor] = []
+    for batch in stopwatch.over(batches.epoch(training.epoch + 1, training.steps_done)):
+        found = training.step(batch)
+        losses.append(torch.stack([found[name] for name in LOSSES]) * batch.weight)
+        due = training.iteration % p.record_every == 0
+        complete = training.steps_done == batches.steps_per_epoch
+        leave = False
+        if due or complete or len(losses) == STEPS_BETWEEN_EXCHANGES:
+            wish = LEAVE.is_set() or (keeper is not None and keeper.asked_now)
+            steps, leave = training.exchange(losses, wish)
+            losses = []
+            if due:
+                record = {"iteration": training.iteration, "epoch": training.epoch + 1}
+                record |= steps[-1] | stopwatch.record()
+                records.append(record)
+                if keeper is not None:
+                    keeper.keep_records(training.epoch + 1, records)
+        bar.update(1, progress_text(records[-1], p.epochs) if records else "")
+        if leave:
+            return True
+    return False
 
-    def __init__(self) -> None:
-        self._waited = 0.0
-        self._since = time.perf_counter()
 
-    def over(self, items: Iterator[Batch]) -> Iterator[Batch]:
-        """The same items; the time that each takes to come is counted."""
-        while True:
-            asked = time.perf_counter()
-            item = next(items, None)
-            self._waited += time.perf_counter() - asked
-            if item is None:
-                return
-            yield item
-
-    def share(self) -> float:
-        """The waiting's share of the time since the last call, 0 to 1."""
-        now = time.perf_counter()
-        share = self._waited / (now - self._since)
-        self._waited, self._since = 0.0, now
-        return round(share, 4)
-
-
-def _record(
-    training: _Training, epoch: int, losses: dict[str, Tensor], weight: float, rate: float
-) -> dict[str, Any]:
-    mine = torch.stack([losses[name] for name in LOSSES]) * weight
-    means = dict(zip(LOSSES, training.ranks.mean(mine).tolist(), strict=True))
-    for name, value in means.items():
-        if not abs(value) < float("inf"):
-            # All ranks see the same mean, so all stop here together.
-            raise DivergenceError(
-                f"{name} is {value} at iteration {training.iteration} of epoch {epoch}: "
-                "training has diverged; lower lr_g and lr_d, or use precision float32"
-            )
-    return {
-        "iteration": training.iteration,
-        "epoch": epoch,
-        **means,
-        "images_per_second": round(rate, 2),
-        "time": round(time.time(), 3),
-    }
+def _end_epoch(
+    training: _Training, keeper: Keeper | None, records: list[dict[str, Any]], leave: bool
+) -> str:
+    """Bring the ranks together and keep what is due; what somebody asked for."""
+    p, ranks = training.parameters, training.ranks
+    training.average_statistics()
+    training.epoch += 1
+    training.steps_done = 0
+    asked = "now" if leave else ranks.from_first(lambda: keeper.asked() if keeper else "")
+    last = bool(asked) or training.epoch == p.epochs
+    if last or training.epoch % p.checkpoint_every == 0:
+        ranks.require_equal_weights({"generator": training.g, "discriminator": training.d})
+    if keeper is not None:
+        keeper.keep_epoch(training.epoch, records, training.draw, training.state, last)
+    return asked
 
 
 def _check_images(images: ImageSet, p: TrainingParameters) -> None:

@@ -165,12 +165,12 @@ def test_resume_is_bit_identical(tmp_path: Path, tiny: TrainingParameters) -> No
 def test_stop_and_go_on(tmp_path: Path, tiny: TrainingParameters) -> None:
     place = tmp_path / "run"
 
-    class StopsInSecondEpoch:
+    class AsksBeforeTheSecondEpoch:
         def submit_result(self, path: str, data: str | bytes) -> None:
-            if path.endswith("epoch_0002.jsonl"):
+            if path.endswith("epoch_0001.jsonl"):
                 (place / "stop").write_bytes(b"")
 
-    result = train_gan(tiny, run=str(place), results=StopsInSecondEpoch())
+    result = train_gan(tiny, run=str(place), results=AsksBeforeTheSecondEpoch())
     run = open_run(str(place))
     assert result.stopped
     assert run.epochs("records") == [1, 2]
