@@ -14,18 +14,20 @@ from typing import Any
 import dask
 import torch
 from dask.system import CPU_COUNT
-from distributed import Client, Future, LocalCluster, Nanny, Scheduler, SpecCluster
+from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
 
-from gan_lib.errors import ClusterError, RunError, UserError
+from gan_lib.errors import ClusterError, ParameterError, RunError, UserError
 from gan_lib.images import CacheNotSharedError, prepare_images
+from gan_lib.jobs import Job, Plan
+from gan_lib.keeping import refuse_differences
 from gan_lib.listing import resolve_source
 from gan_lib.parameters import TrainingParameters
-from gan_lib.rank_group import RankGroup, find_places, start_ranks
-from gan_lib.results import PARAMETERS, STOP, Run, RunWriter, create_run, new_run_url, open_run
+from gan_lib.rank_group import RankGroup, start_ranks
+from gan_lib.results import PARAMETERS, STOP, RunWriter, create_run, new_run_url, open_run
 from gan_lib.shipping import ship_package
 from gan_lib.storage import absolute, file_exists
 from gan_lib.training import train_gan
-from gan_lib.watching import watch_run
+from gan_lib.workers import find_places
 
 LOOPBACK = "127.0.0.1"
 SECONDS_TO_CONNECT = 5
@@ -50,8 +52,12 @@ def start_cluster(n_workers: int | None = None, device: str = "auto") -> Client:
     if device == "cuda" and n_gpus == 0:
         raise ClusterError("device is 'cuda', but this machine shows no GPU: use 'auto' or 'cpu'")
     if n_gpus:
-        return Client(_gpu_cluster(n_workers or n_gpus, n_gpus))
-    return Client(_cpu_cluster(n_workers or CPU_COUNT))
+        cluster = _gpu_cluster(n_workers or n_gpus, n_gpus)
+    else:
+        cluster = _cpu_cluster(n_workers or CPU_COUNT)
+    # Others may shrink and grow by rules of their own; see `replace_lost_workers`.
+    cluster.made_by_gan_lib = True
+    return Client(cluster)
 
 
 def connect(address: str) -> Client:
@@ -89,11 +95,17 @@ def launch(
     n_workers: int | None = None,
     resume: bool = False,
     function: Callable[..., Any] = train_gan,
+    min_workers: int = 1,
+    max_restarts: int = 10,
+    grace: float = 20.0,
 ) -> Job:
     """Train on the workers of a cluster, one rank on each.
 
     Returns as soon as the images are prepared, which the workers do first (see
-    `prepare_images`), and the ranks have been started.
+    `prepare_images`), and the ranks have been started. When a worker is lost or hangs, or
+    storage cannot be written, the job goes on from the last checkpoint with the workers that
+    there are then; a worker that joins is taken in after an epoch. What the user said wrong,
+    and errors of the code, end it.
 
     Args:
         client: of the cluster.
@@ -103,21 +115,30 @@ def launch(
         n_workers: use only this many; None uses all.
         resume: go on from the newest checkpoint in `run`.
         function: called on each rank as `function(parameters=..., run=..., resume=...)`.
+        min_workers: go on with no fewer than these.
+        max_restarts: end with the cause after so many restarts.
+        grace: seconds to wait for as many workers as before, before going on with fewer.
 
     Raises:
         ParameterError: if the parameters are wrong.
-        RunError: if the run directory is taken, or a worker cannot see it.
+        RunError: if the run directory is taken, a worker cannot see it, or `resume` finds other
+            parameters there.
         SourceError: if there are no images.
-        ClusterError: if there are too few workers.
+        ClusterError: if there are too few workers, or other jobs use them.
     """
+    if min_workers < 1 or max_restarts < 0 or grace < 0:
+        raise ParameterError(
+            f"min_workers is {min_workers}, max_restarts {max_restarts}, grace {grace}: expected "
+            "at least 1, 0 and 0"
+        )
     if not isinstance(parameters, TrainingParameters):
         parameters = TrainingParameters.from_mapping(parameters or {})
     parameters = parameters.replace(source=resolve_source(parameters.source))
-    places = find_places(client, n_workers)
     ship_package(client)
+    places = find_places(client, max(n_workers or 1, min_workers), n_workers)
     url = absolute(run or new_run_url())
     if resume:
-        open_run(url)  # raises if there is none
+        refuse_differences(url, open_run(url).parameters, parameters)
         RunWriter(url).remove(STOP)  # a request that came too late for the last job
     else:
         create_run(url, parameters)
@@ -133,8 +154,8 @@ def launch(
     except UserError as error:
         RunWriter(url).set_status("failed", error=str(error))
         raise
-    arguments = {"parameters": parameters, "run": url, "resume": resume}
-    return Job(client, start_ranks(client, places, parameters.device, function, arguments), url)
+    plan = Plan(parameters, function, n_workers, min_workers, max_restarts, grace)
+    return Job(client, url, plan, places, resume)
 
 
 def run_ranks(
@@ -161,59 +182,9 @@ def run_ranks(
     Raises:
         As `Job.result`.
     """
-    places = find_places(client, n_workers)
     ship_package(client)
+    places = find_places(client, n_workers or 1, n_workers)
     return RankGroup(client, start_ranks(client, places, device, function, arguments)).result()
-
-
-class Job(RankGroup):
-    """A training that runs on a cluster.
-
-    Attributes:
-        run: its run directory, to be read at any time.
-    """
-
-    def __init__(self, client: Client, futures: Mapping[str, Future], url: str) -> None:
-        super().__init__(client, futures)
-        self.run: Run = open_run(url)
-
-    def __repr__(self) -> str:
-        return f"<Job {self.status} on {len(self.workers)} workers, {self.run.url}>"
-
-    @property
-    def status(self) -> str:
-        """What the job does: "waiting", "training", "stopped", "finished" or "failed"."""
-        if self.error() is not None:
-            return "failed"
-        said = self.run.status().state
-        return said if self.done() or said == "training" else "waiting"
-
-    def error(self) -> BaseException | None:
-        """The error of the rank that failed first; None while none has."""
-        known = self._error
-        error = super().error()
-        if error is not None and known is None:
-            # A rank that was killed could not say so itself.
-            with contextlib.suppress(OSError):
-                RunWriter(self.run.url).set_status("failed", error=str(error))
-        return error
-
-    def watch(self) -> None:
-        """Show the progress until the job ends, and raise its error if it fails.
-
-        An interrupt stops the watching, not the job.
-        """
-        try:
-            watch_run(self.run, goes_on=lambda: not self.done())
-        except KeyboardInterrupt:
-            print("stopped watching; the job goes on: watch() looks again, stop() ends it")
-            return
-        self.result()
-
-    def stop(self) -> None:
-        """Ask the job to end after the current epoch, with a picture and a checkpoint."""
-        if not self.done():
-            RunWriter(self.run.url).submit_result(STOP, "")
 
 
 def _prepare_on_workers(client: Client, p: TrainingParameters) -> None:

@@ -32,6 +32,10 @@ class ClusterError(UserError):
     """No Dask scheduler answers, or its workers cannot do what the run needs."""
 
 
+class WorkerLostError(ClusterError):
+    """A worker that was counted on was killed, hangs, or cannot be reached."""
+
+
 class DivergenceError(UserError):
     """Training has run away: a loss is no longer a finite number."""
 

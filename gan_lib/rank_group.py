@@ -12,6 +12,7 @@ import datetime
 import os
 import pickle
 import socket
+import threading
 import time
 import traceback
 import uuid
@@ -27,24 +28,27 @@ import torch
 # Before any process group, or it keeps the group's port open: see gan_lib.ranks.
 import torch._dynamo
 import torch.distributed as dist
-from distributed import Client, Future, get_worker
+from distributed import Client, Future, Worker, get_worker
 from distributed import wait as wait_for_futures
 from distributed.comm import get_address_host
 
-from gan_lib.errors import ClusterError
+from gan_lib.errors import ClusterError, WorkerLostError
+from gan_lib.ranks import ATTEMPT_VARIABLE, LEAVE
+from gan_lib.workers import (
+    RANK_PREFIX,
+    SECONDS_OF_SILENCE,
+    Place,
+    Watch,
+    ask,
+    restart_workers,
+)
 
-SECONDS_TO_WAIT_FOR_WORKERS = 10
-# How long the other ranks may take to notice that one has failed.
+# How long the other ranks may take to notice that one has failed, and to end.
 SECONDS_TO_FAIL = 10
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank goes: a worker, its machine, and its number on that machine."""
-
-    worker: str
-    host: str
-    local_rank: int
+# How often a rank asks whether anybody still waits for it.
+SECONDS_BETWEEN_LOOKS = 0.5
+# A collective that takes longer has lost a rank that Dask still hears of.
+SECONDS_FOR_A_COLLECTIVE = 1800
 
 
 def start_ranks(
@@ -53,17 +57,25 @@ def start_ranks(
     device: str,
     function: Callable[..., Any],
     arguments: dict[str, Any],
+    attempt: str = "",
 ) -> dict[str, Future]:
-    """Start one rank on each place; worker -> future, by rank."""
+    """Start one rank on each place; worker -> future, by rank.
+
+    Raises:
+        WorkerLostError: if a worker does not answer.
+    """
     gpus, backend = [0] * len(places), "gloo"
     if device != "cpu":
-        seen = client.run(_visible_gpus, workers=[place.worker for place in places])
+        workers = [place.worker for place in places]
+        seen = ask(client, lambda: client.run(_visible_gpus, workers=workers))
         gpus, backend = pick_gpus(
             [seen[place.worker] for place in places], [place.local_rank for place in places]
         )
     first = places[0]
     job_id = uuid.uuid4().hex
-    port = client.run(_listen, job_id, first.host, workers=[first.worker])[first.worker]
+    port = ask(client, lambda: client.run(_listen, job_id, first.host, workers=[first.worker]))[
+        first.worker
+    ]
     return {
         place.worker: client.submit(
             _work_as_rank,
@@ -76,8 +88,9 @@ def start_ranks(
             host=first.host,
             port=port,
             job_id=job_id,
+            attempt=attempt,
             # A key of its own: Dask would answer equal work from its cache, and train nothing.
-            key=f"rank-{rank}-{job_id}",
+            key=f"{RANK_PREFIX}{rank}-{job_id}",
             pure=False,
             workers=[place.worker],
             allow_other_workers=False,
@@ -98,6 +111,8 @@ class RankGroup:
         self._client = client
         self._futures = list(futures.values())
         self._error: BaseException | None = None
+        self._watch = Watch(client)
+        self._hanging: set[str] = set()
 
     def done(self) -> bool:
         """Whether all ranks have ended, well or not."""
@@ -111,7 +126,7 @@ class RankGroup:
 
         Raises:
             The error of the rank that failed first, with that rank's traceback.
-            ClusterError: if a worker process died.
+            WorkerLostError: if a worker process died, or hangs.
             TimeoutError: if it takes longer than `timeout`.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -134,18 +149,23 @@ class RankGroup:
                 time.sleep(0.1)
             self._error = self._cause()
             if self._error is not None:
+                # A rank whose task is cancelled ends by itself, see `_leave_when_unwanted`.
                 self._client.cancel([f for f in self._futures if not f.done()])
         return self._error
 
     def _cause(self) -> BaseException | None:
         gone = self._gone()
         if gone:
+            silent = [self.workers[rank] for rank in gone if self.workers[rank] in self._hanging]
+            if silent:
+                return WorkerLostError(
+                    f"the worker of rank {gone[0]} ({silent[0]}) has not answered for "
+                    f"{SECONDS_OF_SILENCE:.0f} s: it was suspended, or cut off"
+                )
             # What the other ranks raised is that this one closed its connections.
-            return ClusterError(
+            return WorkerLostError(
                 f"the worker process of rank {gone[0]} ({self.workers[gone[0]]}) is gone: "
-                "it was killed, ran out of memory, or its machine was lost; start again with "
-                "the workers that are left (launch goes on from the last checkpoint with "
-                "run=... and resume=True)"
+                "it was killed, ran out of memory, or its machine was lost"
             )
         first = min(self._failures(), key=lambda failure: failure.order, default=None)
         # None where a rank that seemed to be gone had ended well in the meantime.
@@ -172,8 +192,12 @@ class RankGroup:
 
     def _gone(self) -> list[int]:
         # A task that is pinned to a worker waits for it for ever, also when it has died.
-        # nthreads() asks the scheduler; scheduler_info() may return what was last heard of it.
-        alive = self._client.nthreads()
+        alive = self._watch.alive()
+        hanging = set(self._watch.silent()) & set(self.workers) - self._hanging
+        if hanging:
+            # Its end is what lets the other ranks fail: they wait for what it will never send.
+            self._hanging |= hanging
+            restart_workers(self._client, hanging)
         return [
             rank
             for rank, (future, worker) in enumerate(zip(self._futures, self.workers, strict=True))
@@ -187,6 +211,9 @@ _LISTENERS: dict[str, socket.socket] = {}
 
 def _listen(job_id: str, host: str) -> int:
     """On rank 0's worker: reserve a free port for the ranks to meet at."""
+    for left_over in _LISTENERS.values():
+        left_over.close()  # its ranks never started
+    _LISTENERS.clear()
     listener = socket.create_server((host, 0), family=_family(host), backlog=1024)
     _LISTENERS[job_id] = listener
     return listener.getsockname()[1]
@@ -203,6 +230,7 @@ def _work_as_rank(
     host: str,
     port: int,
     job_id: str,
+    attempt: str,
 ) -> Any:
     """On a worker: meet the other ranks, run the function, and part."""
     if dist.is_initialized():
@@ -212,6 +240,10 @@ def _work_as_rank(
         )
     _use_dask_network()
     os.environ["LOCAL_RANK"] = str(gpu)
+    os.environ[ATTEMPT_VARIABLE] = attempt
+    LEAVE.clear()
+    ended = threading.Event()
+    before = _connections()
     listener = _LISTENERS.pop(job_id, None)
     store = dist.TCPStore(
         host,
@@ -222,8 +254,20 @@ def _work_as_rank(
         wait_for_workers=False,
         master_listen_fd=listener.detach() if listener is not None else None,
     )
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    watcher = threading.Thread(
+        target=_leave_when_unwanted,
+        args=(get_worker(), get_worker().get_current_task(), ended, before),
+        daemon=True,
+    )
+    watcher.start()
     try:
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=SECONDS_FOR_A_COLLECTIVE),
+        )
         return function(**arguments)
     except Exception as error:
         # While this rank holds its connections, no other rank has noticed: so the order in
@@ -234,7 +278,46 @@ def _work_as_rank(
         error.add_note(f"raised by rank {rank} of {world_size} on {get_worker().address}")
         return _Failure(order, *_portable(error))
     finally:
-        dist.destroy_process_group()
+        ended.set()
+        watcher.join()
+        LEAVE.clear()
+        os.environ.pop(ATTEMPT_VARIABLE, None)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _leave_when_unwanted(
+    worker: Worker, key: Any, ended: threading.Event, before: set[tuple[Any, Any]]
+) -> None:
+    """In a thread beside a rank: have it end when its task is cancelled.
+
+    Dask cannot stop a function that runs. It cancels the task when its client ends or is lost,
+    and a job does when one of its ranks is lost.
+
+    Args:
+        worker: that the rank runs on.
+        key: of its task.
+        ended: set when the rank has ended.
+        before: this process's connections before the rank met the others.
+    """
+    while not ended.wait(SECONDS_BETWEEN_LOOKS):
+        task = worker.state.tasks.get(key)
+        if task is None or task.state == "cancelled":
+            LEAVE.set()
+            break
+    if ended.wait(SECONDS_TO_FAIL):
+        return
+    # It waits for another rank that will never answer.
+    with contextlib.suppress(Exception):
+        dist.group.WORLD.abort()
+    for connection in psutil.Process().net_connections("tcp"):
+        if (connection.laddr, connection.raddr) not in before and connection.raddr:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as sock:
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+def _connections() -> set[tuple[Any, Any]]:
+    return {(c.laddr, c.raddr) for c in psutil.Process().net_connections("tcp")}
 
 
 # The order of a failure that could not be counted: the meeting place was already gone.
@@ -278,26 +361,6 @@ def _use_dask_network() -> None:
 
 def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
-
-
-def find_places(client: Client, n_workers: int | None) -> list[Place]:
-    """Where the ranks go, by rank: those of one machine next to each other."""
-    wanted = n_workers or 1
-    with contextlib.suppress(TimeoutError):
-        client.wait_for_workers(wanted, timeout=SECONDS_TO_WAIT_FOR_WORKERS)
-    workers = client.nthreads()
-    if len(workers) < wanted:
-        raise ClusterError(
-            f"the cluster has {len(workers)} workers and {wanted} are needed: "
-            "start more workers, or ask for fewer"
-        )
-    places: list[Place] = []
-    on_host: dict[str, int] = {}
-    for address in sorted(workers, key=lambda a: (get_address_host(a), a))[: n_workers or None]:
-        host = get_address_host(address)
-        places.append(Place(address, host, local_rank=on_host.get(host, 0)))
-        on_host[host] = on_host.get(host, 0) + 1
-    return places
 
 
 def _visible_gpus() -> list[str]:

@@ -18,6 +18,7 @@ from distributed import Client
 import gan_lib
 from gan_lib.errors import ClusterError
 from gan_lib.manifest import manifest_text
+from gan_lib.workers import ask
 
 
 def package_checksum() -> str:
@@ -61,7 +62,7 @@ def ship_package(client: Client) -> None:
 def _all_have_package(client: Client) -> bool:
     mine = package_checksum()
     # Where gan_lib is missing, the function itself cannot be loaded.
-    found = list(client.run(package_checksum, on_error="return").values())
+    found = list(ask(client, lambda: client.run(package_checksum, on_error="return")).values())
     try:
         found.append(client.run_on_scheduler(package_checksum))
     except ImportError:

@@ -16,6 +16,8 @@ from gan_lib.results import Run
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_PICTURES = 4.0
+# A run that trains says so every 15 s; one that waits for workers says nothing for longer.
+SECONDS_WITHOUT_A_SIGN = 120.0
 
 
 def watch_run(run: Run, goes_on: Callable[[], bool]) -> None:
@@ -35,11 +37,15 @@ def watch_run(run: Run, goes_on: Callable[[], bool]) -> None:
         time.sleep(SECONDS_BETWEEN_LOOKS)
     steps_per_epoch = run.info()["steps_per_epoch"]
     total = steps_per_epoch * run.parameters.epochs
+    told = 0
     with ProgressBar(total, "training", "step") as bar:
         while True:
             # Asked before the look, so that the last look comes after the end.
             going = goes_on()
             last = _newest_record(run)
+            for sentence in run.status().restarts[told:]:
+                told += 1
+                print(f"{sentence}; going on from the last checkpoint", flush=True)
             if last is not None:
                 # Between two records nobody knows more than the last one says; a run that ended
                 # well has also done the steps after it.
@@ -52,6 +58,41 @@ def watch_run(run: Run, goes_on: Callable[[], bool]) -> None:
                 picture.update(final=True)
                 return
             time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def watch_from_outside(run: Run) -> None:
+    """Show the progress of a run that somebody else started, until it ends.
+
+    An interrupt stops the watching. A run that gives no sign of life for a while has died with
+    its machine: then that is said, and the watching ends.
+
+    Args:
+        run: to be watched.
+    """
+    heard = ""
+    heard_at = time.monotonic()
+
+    def goes_on() -> bool:
+        nonlocal heard, heard_at
+        status = run.status()
+        if f"{status}" != heard:
+            heard, heard_at = f"{status}", time.monotonic()
+        silent = time.monotonic() - heard_at > SECONDS_WITHOUT_A_SIGN
+        if silent:
+            print(
+                f"{run.url} has given no sign of life for {SECONDS_WITHOUT_A_SIGN:.0f} s: if what "
+                "trained it is gone, resume(client) goes on from the last checkpoint"
+            )
+        return status.state in ("waiting", "training") and not silent
+
+    try:
+        watch_run(run, goes_on)
+    except KeyboardInterrupt:
+        print("stopped watching; the run goes on: watch() looks again, stop() ends it")
+        return
+    status = run.status()
+    if status.state == "failed":
+        print(f"the run has failed: {status.error}")
 
 
 def _newest_record(run: Run) -> dict[str, Any] | None:

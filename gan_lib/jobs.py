@@ -1,0 +1,291 @@
+"""A training that can be left alone: watched over, and started again where it was interrupted.
+
+The client watches; the workers train. What a failed attempt leaves behind is a checkpoint, and
+the next attempt goes on from it on the workers that there are then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from distributed import Client
+from distributed.scheduler import KilledWorker
+
+from gan_lib.errors import ClusterError, UserError, WorkerLostError
+from gan_lib.parameters import TrainingParameters
+from gan_lib.rank_group import RankGroup, start_ranks
+from gan_lib.results import STOP, Run, RunWriter, open_run
+from gan_lib.training import TrainingResult, train_gan
+from gan_lib.watching import watch_run
+from gan_lib.workers import (
+    Place,
+    Watch,
+    assign_places,
+    replace_lost_workers,
+)
+
+SECONDS_BETWEEN_LOOKS = 0.3
+# A worker that has just come may go again.
+SECONDS_TO_SETTLE = 3.0
+# How long too few workers are waited for.
+SECONDS_FOR_WORKERS = 600.0
+# How often, and for how long, a scheduler is asked that does not answer.
+SECONDS_BETWEEN_QUESTIONS, QUESTIONS = 2.0, 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job does, and how it goes on when something fails.
+
+    Attributes:
+        parameters: what to train.
+        function: called on each rank.
+        n_workers: use at most this many; None uses all.
+        min_workers: go on with no fewer.
+        max_restarts: give up after so many.
+        grace: seconds to wait for as many workers as before.
+    """
+
+    parameters: TrainingParameters
+    function: Callable[..., Any] = train_gan
+    n_workers: int | None = None
+    min_workers: int = 1
+    max_restarts: int = 10
+    grace: float = 20.0
+
+
+class Job:
+    """A training that runs on a cluster.
+
+    Attributes:
+        run: its run directory, to be read at any time.
+        restarts: why it was started again, a sentence for each time.
+    """
+
+    def __init__(
+        self, client: Client, url: str, plan: Plan, places: list[Place], resume: bool
+    ) -> None:
+        self.run: Run = open_run(url)
+        self.restarts: list[str] = []
+        self._client = client
+        self._plan = plan
+        self._name = uuid.uuid4().hex
+        self._watch = Watch(client)
+        self._joined_at: float | None = None
+        self._results: list[Any] = []
+        self._error: BaseException | None = None
+        self._ended = threading.Event()
+        self._group = self._start(places, resume)
+        threading.Thread(target=self._supervise, name="supervising", daemon=True).start()
+
+    def __repr__(self) -> str:
+        return f"<Job {self.status} on {len(self.workers)} workers, {self.run.url}>"
+
+    @property
+    def workers(self) -> list[str]:
+        """Addresses of the workers, by rank."""
+        return self._group.workers
+
+    @property
+    def status(self) -> str:
+        """What the job does: "waiting", "training", "stopped", "finished" or "failed"."""
+        if self.error() is not None:
+            return "failed"
+        said = self.run.status().state
+        return said if self.done() or said == "training" else "waiting"
+
+    def done(self) -> bool:
+        """Whether the job has ended, well or not."""
+        return self._ended.is_set()
+
+    def error(self) -> BaseException | None:
+        """What ended the job; None while it goes on, or if it ended well."""
+        return self._error
+
+    def result(self, timeout: float | None = None) -> list[Any]:
+        """Wait for the end; what each rank of the last attempt returned, by rank.
+
+        Args:
+            timeout: in seconds; None waits for ever.
+
+        Raises:
+            The error of the rank that failed first, with that rank's traceback.
+            WorkerLostError: if a worker was lost once too often.
+            TimeoutError: if it takes longer than `timeout`.
+        """
+        if not self._ended.wait(timeout):
+            raise TimeoutError(f"the job still runs after {timeout} s")
+        if self._error is not None:
+            raise self._error
+        return self._results
+
+    def watch(self) -> None:
+        """Show the progress until the job ends, and raise its error if it fails.
+
+        An interrupt stops the watching, not the job.
+        """
+        try:
+            watch_run(self.run, goes_on=lambda: not self.done())
+        except KeyboardInterrupt:
+            print("stopped watching; the job goes on: watch() looks again, stop() ends it")
+            return
+        self.result()
+
+    def stop(self, now: bool = False) -> None:
+        """Ask the job to end with a checkpoint: after the current epoch, or at once if `now`."""
+        if not self.done():
+            RunWriter(self.run.url).submit_result(STOP, "now" if now else "epoch")
+
+    def _start(self, places: list[Place], resume: bool) -> RankGroup:
+        attempt = f"{self._name}-{len(self.restarts)}-{uuid.uuid4().hex[:4]}"
+        # From here on, what is left of an earlier attempt writes nothing more.
+        RunWriter(self.run.url).set_status("waiting", job=attempt, restarts=self.restarts)
+        plan = self._plan
+        arguments = {"parameters": plan.parameters, "run": self.run.url, "resume": resume}
+        device = plan.parameters.device
+        futures = start_ranks(self._client, places, device, plan.function, arguments, attempt)
+        return RankGroup(self._client, futures)
+
+    def _supervise(self) -> None:
+        try:
+            error = self._until_it_ends()
+            while error is not None or self._wants_more_workers():
+                if error is not None:
+                    self._note(error)
+                places = self._workers_to_go_on_with()
+                if not places:
+                    return
+                try:
+                    self._group = self._start(places, resume=True)
+                    error = self._until_it_ends()
+                except (OSError, WorkerLostError) as lost:
+                    error = lost
+            self._results = self._group.result()
+        except BaseException as error:
+            self._error = error
+            with contextlib.suppress(Exception):
+                status = self.run.status()
+                RunWriter(self.run.url).set_status(
+                    "failed", error=str(error), job=status.job, restarts=self.restarts
+                )
+        finally:
+            self._ended.set()
+
+    def _until_it_ends(self) -> BaseException | None:
+        """Watch over an attempt; what ended it, or None if it ended well."""
+        unanswered = 0
+        while True:
+            try:
+                if self._group.done():
+                    return self._group.error()
+                self._let_new_workers_in()
+                unanswered = 0
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            except Exception as error:
+                unanswered += 1
+                if self._client.status not in ("running", "connecting") or unanswered == QUESTIONS:
+                    raise ClusterError(
+                        "the client of this job has lost its cluster; its ranks keep a checkpoint "
+                        "if they can, and open_run(...).resume(client) goes on from it"
+                    ) from error
+                time.sleep(SECONDS_BETWEEN_QUESTIONS)
+
+    def _note(self, error: BaseException) -> None:
+        """Write down why there is another attempt, or raise `error` if there is none."""
+        if not worth_a_retry(error) or len(self.restarts) == self._plan.max_restarts:
+            if worth_a_retry(error):
+                error.add_note(f"after {len(self.restarts)} restarts, which max_restarts allows")
+            raise error
+        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        self.restarts.append(f"{time.strftime('%H:%M:%S')} {said}")
+        with contextlib.suppress(OSError):
+            job = self.run.status().job
+            RunWriter(self.run.url).set_status("waiting", job=job, restarts=self.restarts)
+
+    def _workers_to_go_on_with(self) -> list[Place]:
+        """Wait for workers; none if somebody asks to stop meanwhile.
+
+        Raises:
+            ClusterError: if there are too few for too long.
+        """
+        plan = self._plan
+        wanted = plan.n_workers or len(self.workers)
+        began = time.monotonic()
+        while True:
+            waited = time.monotonic() - began
+            free: list[str] = []
+            # A scheduler that is too busy to answer may answer the next time.
+            with contextlib.suppress(OSError, WorkerLostError):
+                free = [worker for worker, sign in self._watch.alive().items() if not sign.busy]
+            least = plan.min_workers if waited > plan.grace else max(wanted, plan.min_workers)
+            if len(free) >= least:
+                return assign_places(free, min(self._most_ranks(), plan.n_workers or len(free)))
+            if self._stop_is_asked():
+                RunWriter(self.run.url).set_status("stopped", restarts=self.restarts)
+                RunWriter(self.run.url).remove(STOP)
+                return []
+            if waited > SECONDS_FOR_WORKERS:
+                raise ClusterError(
+                    f"{len(free)} workers are left and min_workers is {plan.min_workers}: start "
+                    "more, then open_run(...).resume(client) goes on from the last checkpoint"
+                )
+            replace_lost_workers(self._client)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _let_new_workers_in(self) -> None:
+        """Have the ranks end after this epoch if there are more workers than they use."""
+        plan = self._plan
+        most = min(plan.n_workers or self._most_ranks(), self._most_ranks())
+        if plan.function is not train_gan or len(self.workers) >= most:
+            return
+        replace_lost_workers(self._client)
+        signs = self._watch.alive()
+        if not any(not sign.busy for sign in signs.values()):
+            self._joined_at = None
+        elif self._joined_at is None:
+            self._joined_at = time.monotonic()
+        elif time.monotonic() - self._joined_at > SECONDS_TO_SETTLE:
+            writer = RunWriter(self.run.url)
+            if not writer.request():
+                writer.submit_result(STOP, "regroup")
+
+    def _most_ranks(self) -> int:
+        """As many as have an image each in every step."""
+        info = self.run.info()
+        if "steps_per_epoch" not in info:
+            return len(self.workers)
+        return info["images"] // info["steps_per_epoch"]
+
+    def _wants_more_workers(self) -> bool:
+        first = self._group.result()[0]
+        return isinstance(first, TrainingResult) and first.asked == "regroup" and first.stopped
+
+    def _stop_is_asked(self) -> bool:
+        return RunWriter(self.run.url).request() in ("epoch", "now")
+
+
+def worth_a_retry(error: BaseException) -> bool:
+    """Whether the same might go well on other workers, or a moment later.
+
+    Lost workers and connections, and storage that cannot be reached, are worth it; what the
+    user said, and an error in the code, would fail again.
+    """
+    if isinstance(error, UserError):
+        return isinstance(error, WorkerLostError)
+    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError):
+        return False
+    if isinstance(error, OSError | CancelledError | KilledWorker | dist.DistError):
+        return True
+    # gloo raises plain RuntimeErrors, told apart by nothing but their text.
+    said = str(error)
+    return isinstance(error, RuntimeError) and any(
+        sign in said for sign in ("gloo", "NCCL", "Connection closed by peer", "TCPStore")
+    )

@@ -1,0 +1,181 @@
+"""The workers of a Dask cluster: which there are, which answer, which are free for a rank.
+
+Also imported on the scheduler, so it needs nothing but Dask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from distributed import Client, Scheduler
+from distributed.comm import get_address_host
+
+from gan_lib.errors import ClusterError, WorkerLostError
+
+_T = TypeVar("_T")
+
+SECONDS_TO_WAIT_FOR_WORKERS = 10
+# A worker reports every half second; one that says nothing for so long hangs, or is cut off.
+SECONDS_OF_SILENCE = 10.0
+# What any question to the cluster may take.
+SECONDS_TO_ANSWER = 30.0
+# The keys of the tasks that are ranks begin with it.
+RANK_PREFIX = "rank-"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank goes: a worker, its machine, and its number on that machine."""
+
+    worker: str
+    host: str
+    local_rank: int
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What the scheduler knows of a worker.
+
+    Attributes:
+        last_seen: the scheduler's time when it last reported.
+        busy: whether it is a rank, or is about to be one.
+    """
+
+    last_seen: float
+    busy: bool
+
+
+def _signs(dask_scheduler: Scheduler) -> dict[str, Sign]:
+    return {
+        address: Sign(
+            worker.last_seen,
+            any(str(task.key).startswith(RANK_PREFIX) for task in worker.processing),
+        )
+        for address, worker in dask_scheduler.workers.items()
+    }
+
+
+class Watch:
+    """Looks after the workers of a cluster, for as long as somebody asks.
+
+    Args:
+        client: of the cluster.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        # By worker: when it was last seen, by the scheduler's clock, and since when that has not
+        # changed, by ours, which stands still while a laptop sleeps.
+        self._seen: dict[str, tuple[float, float]] = {}
+
+    def alive(self) -> dict[str, Sign]:
+        """The workers that report.
+
+        Raises:
+            WorkerLostError: if the scheduler does not answer.
+        """
+        signs = ask(self._client, lambda: self._client.run_on_scheduler(_signs))
+        now = time.monotonic()
+        old = self._seen
+        self._seen = {
+            worker: old[worker]
+            if worker in old and old[worker][0] == sign.last_seen
+            else (sign.last_seen, now)
+            for worker, sign in signs.items()
+        }
+        return {worker: sign for worker, sign in signs.items() if not self._silent(worker)}
+
+    def silent(self) -> list[str]:
+        """Those that have been silent for too long, at the last look."""
+        return [worker for worker in self._seen if self._silent(worker)]
+
+    def _silent(self, worker: str) -> bool:
+        return time.monotonic() - self._seen[worker][1] > SECONDS_OF_SILENCE
+
+
+def ask(client: Client, question: Callable[[], _T]) -> _T:
+    """What a cluster answers; Dask waits for ever for a worker that was suspended.
+
+    Raises:
+        WorkerLostError: if it does not answer within `SECONDS_TO_ANSWER`.
+    """
+    answers: list[_T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            answers.append(question())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="asking the cluster")
+    thread.start()
+    thread.join(SECONDS_TO_ANSWER)
+    if answers:
+        return answers[0]
+    if errors:
+        raise errors[0]
+    raise WorkerLostError(
+        f"the cluster does not answer for {SECONDS_TO_ANSWER:.0f} s: a worker hangs, or is cut off"
+    )
+
+
+def restart_workers(client: Client, workers: Iterable[str]) -> None:
+    """End worker processes that hang; their nannies, where there are any, start them anew."""
+    # Whatever cannot be restarted is left out from now on.
+    with contextlib.suppress(Exception):
+        ask(
+            client,
+            lambda: client.restart_workers(list(workers), timeout=20, raise_for_error=False),
+        )
+
+
+def replace_lost_workers(client: Client) -> None:
+    """Have a cluster that `start_cluster` made start again what it has lost for good."""
+    cluster = client.cluster
+    if getattr(cluster, "made_by_gan_lib", False):
+        # The same number as before: Dask then starts those that are missing.
+        with contextlib.suppress(Exception):
+            cluster.scale(len(cluster.worker_spec))
+
+
+def find_places(client: Client, wanted: int, most: int | None) -> list[Place]:
+    """Where the ranks of a new job go.
+
+    Args:
+        client: of the cluster.
+        wanted: how many there must be at least.
+        most: how many there may be; None means all that no other job uses.
+
+    Raises:
+        ClusterError: if there are too few.
+    """
+    with contextlib.suppress(TimeoutError):
+        client.wait_for_workers(wanted, timeout=SECONDS_TO_WAIT_FOR_WORKERS)
+    signs = Watch(client).alive()
+    free = [worker for worker, sign in signs.items() if not sign.busy]
+    if len(free) < wanted:
+        busy = len(signs) - len(free)
+        others = f", {busy} of which train for another job" if busy else ""
+        cure = "wait for that one, stop it, or start" if busy else "start"
+        raise ClusterError(
+            f"the cluster has {len(signs)} workers{others} and {wanted} are needed: "
+            f"{cure} more workers, or ask for fewer"
+        )
+    return assign_places(free, most)
+
+
+def assign_places(workers: Iterable[str], n_workers: int | None) -> list[Place]:
+    """Places on these workers, by rank: those of one machine next to each other."""
+    places: list[Place] = []
+    on_host: dict[str, int] = {}
+    for address in sorted(workers, key=lambda a: (get_address_host(a), a))[: n_workers or None]:
+        host = get_address_host(address)
+        places.append(Place(address, host, local_rank=on_host.get(host, 0)))
+        on_host[host] = on_host.get(host, 0) + 1
+    return places
