@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -82,9 +81,7 @@ def test_dispatch_run_as_in_the_article(client: Client, tiny: TrainingParameters
     assert [r["iteration"] for r in first.records] == list(range(1, 13))
 
 
-def test_two_jobs_share_a_cluster(
-    client: Client, tiny: TrainingParameters, tmp_path: Path
-) -> None:
+def test_two_jobs_share_a_cluster(client: Client, tiny: TrainingParameters, tmp_path: Path) -> None:
     jobs = [launch(client, tiny.replace(epochs=20), n_workers=1) for _ in range(2)]
     with pytest.raises(ClusterError, match="2 workers, 2 of which train for another job"):
         launch(client, tiny, run=str(tmp_path / "third"))

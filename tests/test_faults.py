@@ -1,0 +1,300 @@
+"""Training that is left alone while everything around it fails: real processes, real files."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import psutil
+import pytest
+from distributed import Client, Worker
+from test_cluster import foreign_cluster
+
+from gan_lib.checkpoints import Checkpoints
+from gan_lib.cluster import close_cluster, connect, launch, start_cluster
+from gan_lib.errors import WorkerLostError
+from gan_lib.jobs import Job
+from gan_lib.parameters import TrainingParameters
+from gan_lib.results import Run, open_run
+from gan_lib.storage import Folder
+
+ENDLESS = 1_000_000
+
+
+@pytest.fixture
+def steady(tiny: TrainingParameters) -> TrainingParameters:
+    """Ten steps an epoch, so that a fault meets the inside of one; no end of its own."""
+    return tiny.replace(epochs=ENDLESS, max_images=320, sample_every=5, checkpoint_every=2)
+
+
+def wait_until(condition: Callable[[], bool], what: str, job: Job | None = None) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        if job is not None and job.done():
+            raise AssertionError(f"{what}: the job has ended: {job.error()!r}")
+        assert time.monotonic() < deadline, f"{what}: not after 120 s"
+        time.sleep(0.05)
+
+
+def last_epoch(run: Run) -> int:
+    return max(run.epochs("records"), default=0)
+
+
+def trains(job: Job, after: int = 0) -> bool:
+    return job.run.status().state == "training" and last_epoch(job.run) > after
+
+
+def resumed_at(job: Job) -> int:
+    """The epoch after which the job goes on; endless far until it has said so."""
+    told = job.run.info().get("resumed")
+    return told["epoch"] if told else ENDLESS
+
+
+class Faults:
+    """What can happen to a job; each method does it and returns once it is over."""
+
+    def __init__(self, client: Client, job: Job, rng: random.Random) -> None:
+        self.client, self.job, self.rng = client, job, rng
+        self.seconds: dict[str, list[float]] = {}
+
+    def strike(self, name: str) -> None:
+        """One fault, and the time until the job trains again."""
+        job = self.job
+        wait_until(lambda: trains(job), "training", job)
+        # Not always at the same place of an epoch.
+        time.sleep(self.rng.uniform(0.3, 1.5))
+        restarts = len(job.restarts)
+        print(f"{name}: {job!r}", flush=True)
+        started = time.monotonic()
+        getattr(self, name)()
+        if name == "fill_disk":  # which passes before anything has to start again, or not
+            wait_until(lambda: trains(job, last_epoch(job.run)), name, job)
+        else:
+            wait_until(lambda: len(job.restarts) > restarts, f"{name} is noticed", job)
+            wait_until(lambda: trains(job, resumed_at(job)), name, job)
+        self.seconds.setdefault(name, []).append(time.monotonic() - started)
+
+    def _victim(self) -> tuple[str, int]:
+        worker = self.rng.choice(self.job.workers)
+        return worker, self.client.run(os.getpid, workers=[worker])[worker]
+
+    def kill(self) -> None:
+        before = last_epoch(self.job.run)
+        os.kill(self._victim()[1], signal.SIGKILL)
+        restarts = len(self.job.restarts)
+        wait_until(lambda: len(self.job.restarts) > restarts, "the kill is noticed", self.job)
+        wait_until(lambda: trains(self.job), "training", self.job)
+        again = self.job.run.info()["resumed"]["epoch"]
+        # One interval, and what was waiting to be written.
+        assert again >= before - self.job.run.parameters.checkpoint_every - 2
+
+    def suspend(self) -> None:
+        os.kill(self._victim()[1], signal.SIGSTOP)
+
+    def cut(self) -> None:
+        def lose_the_scheduler(dask_worker: Worker) -> None:
+            dask_worker.loop.call_later(0.1, dask_worker.batched_stream.comm.abort)
+
+        self.client.run(lose_the_scheduler, workers=[self.rng.choice(self.job.workers)])
+
+    def fill_disk(self) -> None:
+        def limit_files(n_bytes: int) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
+
+        # Every write then fails as on a full disk, but only on this worker.
+        first = [self.job.workers[0]]
+        self.client.run(limit_files, 0, workers=first)
+        time.sleep(self.rng.uniform(1, 5))
+        self.client.run(limit_files, resource.RLIM_INFINITY, workers=first)
+
+    def corrupt(self) -> None:
+        run = self.job.run
+        wait_until(lambda: len(run.epochs("checkpoints")) >= 2, "two checkpoints", self.job)
+        os.kill(self._victim()[1], signal.SIGKILL)
+        restarts = len(self.job.restarts)
+        wait_until(lambda: len(self.job.restarts) > restarts, "the kill is noticed", self.job)
+        newest = Checkpoints(Folder(run.url)).positions()[-1]
+        path = f"{run.url}/{newest.path}"
+        with fsspec.open(path, "rb") as file:
+            data = bytearray(file.read())
+        data[len(data) // 2] ^= 255
+        with fsspec.open(path, "wb") as file:
+            file.write(data)
+        wait_until(lambda: trains(self.job), "training", self.job)
+        told = run.info()["resumed"]
+        assert told["epoch"] < newest.epochs
+        assert "checksum" in told["damaged"][0]
+
+
+def check_records(run: Run) -> None:
+    """Each iteration once, each picture and the last checkpoint there, nothing half written."""
+    records = run.records()
+    epochs = records["epoch"].max()
+    assert records["iteration"].tolist() == list(range(1, 10 * epochs + 1))
+    due = {1, epochs, *range(5, epochs + 1, 5)}
+    # A run that was stopped has a picture of its last epoch too.
+    assert due <= set(run.epochs("samples")) <= set(range(1, epochs + 1))
+    assert run.epochs("checkpoints")[-1] == epochs
+    assert not [path for path in Folder(run.url).fs.find(run.url) if path.endswith(".part")]
+
+
+def survive(place: str, p: TrainingParameters, faults: list[str], rng: random.Random) -> None:
+    """Train through these faults, stop, and do the last two epochs on another cluster."""
+    client = start_cluster(2, device="cpu")
+    try:
+        job = launch(client, p, run=place, max_restarts=1000)
+        hand = Faults(client, job, rng)
+        for name in faults:
+            hand.strike(name)
+        for name, seconds in hand.seconds.items():
+            median = statistics.median(seconds)
+            print(f"{name}: {len(seconds)} times, training again after {median:.1f} s (median)")
+        wait_until(lambda: trains(job), "training", job)
+        job.stop()
+        assert job.result(timeout=60)[0].stopped
+        assert len(job.restarts) >= sum(name != "fill_disk" for name in faults)
+        children = psutil.Process().children(recursive=True)
+    finally:
+        close_cluster(client)
+    alive = [c for c in psutil.wait_procs(children, timeout=10)[1] if "fork" in str(c.cmdline())]
+    assert not alive
+    check_records(open_run(place))
+    client = start_cluster(1, device="cpu")
+    try:
+        run = open_run(place)
+        done = last_epoch(run)
+        assert run.resume(client, epochs=done + 2).result(timeout=60)[0].epochs == 2
+        assert run.status().state == "finished"
+    finally:
+        close_cluster(client)
+    check_records(open_run(place))
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    seed = int(os.environ.get("GAN_LIB_FAULT_SEED", time.time()))
+    print(f"GAN_LIB_FAULT_SEED={seed}")
+    return random.Random(seed)
+
+
+def test_one_of_each_fault(steady: TrainingParameters, tmp_path: Path, rng: random.Random) -> None:
+    faults = ["kill", "suspend", "fill_disk", "corrupt"]
+    rng.shuffle(faults)
+    survive(str(tmp_path / "run"), steady, faults, rng)
+
+
+def test_faults_with_the_run_on_s3(steady: TrainingParameters, s3: str, rng: random.Random) -> None:
+    survive(f"{s3}/run-{time.time_ns()}", steady, ["corrupt"], rng)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", range(5))
+def test_fifty_faults(
+    part: int, steady: TrainingParameters, tmp_path: Path, s3: str, rng: random.Random
+) -> None:
+    names = ("kill", "suspend", "cut", "fill_disk", "corrupt")
+    place = f"{s3}/run-{time.time_ns()}" if part % 2 else str(tmp_path / "run")
+    survive(place, steady, rng.choices(names, (4, 1, 1, 2, 2), k=10), rng)
+
+
+LAUNCH = """
+import sys
+from gan_lib import TrainingParameters, connect, launch, start_cluster
+
+if __name__ == "__main__":
+    place, address, *_ = [*sys.argv[1:], ""]
+    client = connect(address) if address else start_cluster(2, device="cpu")
+    parameters = TrainingParameters.from_json(sys.stdin.read())
+    launch(client, parameters, run=place).result()
+"""
+
+
+def launch_elsewhere(folder: Path, p: TrainingParameters, *arguments: str) -> subprocess.Popen[Any]:
+    script = folder / "launch_it.py"
+    script.write_text(LAUNCH)
+    process = subprocess.Popen([sys.executable, script, *arguments], stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(p.to_json().encode())
+    process.stdin.close()
+    return process
+
+
+def test_a_killed_client_leaves_a_run_that_goes_on(
+    client: Client, steady: TrainingParameters, tmp_path: Path
+) -> None:
+    place = str(tmp_path / "run")
+    process = launch_elsewhere(tmp_path, steady, place)
+    wait_until(lambda: (tmp_path / "run" / "checkpoints").exists(), "a checkpoint")
+    run = open_run(place)
+    wait_until(lambda: len(run.epochs("checkpoints")) > 1, "two checkpoints")
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert not psutil.wait_procs(children, timeout=20)[1]
+    done = run.epochs("checkpoints")[-1]
+    job = run.resume(client, epochs=done + 2)
+    assert job.result(timeout=60)[0].epochs == 2
+    check_records(run)
+
+
+def test_a_killed_client_leaves_a_cluster_that_is_free(
+    steady: TrainingParameters, tmp_path: Path
+) -> None:
+    place = str(tmp_path / "run")
+    with foreign_cluster(tmp_path) as address:
+        process = launch_elsewhere(tmp_path, steady, place, address)
+        wait_until(lambda: (tmp_path / "run" / "checkpoints").exists(), "a checkpoint")
+        run = open_run(place)
+        process.kill()
+        process.wait()
+        wait_until(lambda: run.status().state == "stopped", "the ranks stop by themselves")
+        # It stopped inside an epoch, with a checkpoint there.
+        assert run.status().state == "stopped"
+        done = last_epoch(run)
+        client = connect(address)
+        try:
+            job = run.resume(client, n_workers=1, epochs=done + 1)
+            job.result(timeout=100)
+        finally:
+            close_cluster(client)
+    check_records(run)
+
+
+def test_too_many_restarts_end_with_the_cause(
+    own_client: Client, steady: TrainingParameters
+) -> None:
+    job = launch(own_client, steady, max_restarts=0)
+    wait_until(lambda: trains(job), "training", job)
+    pids = own_client.run(os.getpid)
+    os.kill(pids[job.workers[1]], signal.SIGKILL)
+    with pytest.raises(WorkerLostError, match=r"worker process of rank 1 .* is gone"):
+        job.result(timeout=60)
+    assert job.status == "failed"
+    assert "is gone" in job.run.status().error
+
+
+def test_a_worker_that_joins_is_taken_in(steady: TrainingParameters, tmp_path: Path) -> None:
+    client = start_cluster(1, device="cpu")
+    try:
+        job = launch(client, steady, run=str(tmp_path / "run"))
+        wait_until(lambda: trains(job), "training", job)
+        assert client.cluster is not None
+        client.cluster.scale(2)
+        wait_until(lambda: len(job.workers) == 2 and trains(job), "two ranks", job)
+        assert job.restarts == []
+        job.stop()
+        job.result(timeout=60)
+        assert job.run.info()["world_size"] == 2
+    finally:
+        close_cluster(client)
+    check_records(job.run)
