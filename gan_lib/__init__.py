@@ -27,7 +27,7 @@ _HOME = {
     "launch": "cluster",
     "run_ranks": "cluster",
     "open_run": "results",
-    "DaskResultsHandler": "results",
+    "DaskResultsHandler": "results_handler",
 }
 __all__ = [*_HOME]
 

@@ -7,6 +7,7 @@ carries `train_gan` to the workers and knows nothing of what it does there.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -138,7 +139,10 @@ def launch(
     places = find_places(client, max(n_workers or 1, min_workers), n_workers)
     url = absolute(run or new_run_url())
     if resume:
-        refuse_differences(url, open_run(url).parameters, parameters)
+        existing = open_run(url)
+        refuse_differences(url, existing.parameters, parameters)
+        told = existing.info() | {"parameters": parameters.to_dict()}
+        RunWriter(url).submit_result(PARAMETERS, json.dumps(told, indent=2))
         RunWriter(url).remove(STOP)  # a request that came too late for the last job
     else:
         create_run(url, parameters)

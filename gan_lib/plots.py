@@ -223,6 +223,21 @@ def animate_samples(run: Run, frames: int = 40, width: int = 256) -> DisplayImag
     return DisplayImage(data=gif_bytes(list(pictures.values()), width), format="gif")
 
 
+def plot_clock(run: Run) -> Figure:
+    """Iterations by the clock; each restart is marked, and leaves a gap."""
+    _, axes = _figure(figsize=(8, 3.2))
+    records = run.records()
+    started = records["time"].min()
+    axes.plot(records["time"] - started, records["iteration"], ".", markersize=3)
+    _labelled(axes, "iterations by the clock", "seconds", "iteration")
+    # Between two records of one attempt passes nearly the same time; a restart takes longer.
+    pauses = records["time"].diff()
+    n = len(run.status().restarts)
+    for i in pauses.nlargest(n).index:
+        axes.axvspan(*(records["time"][[i - 1, i]] - started), color="tab:red", alpha=0.15)
+    return axes.figure
+
+
 def latent_walk(generator: Generator, stops: int = 4, steps: int = 8, seed: int = 0) -> np.ndarray:
     """Images on the way between random latent vectors.
 

@@ -170,6 +170,10 @@ def train_gan(
 
 # The ranks compare losses, and hear of a request to stop, at least this often.
 STEPS_BETWEEN_EXCHANGES = 10
+_DIVERGED = (
+    "training has diverged. The last checkpoint is from before; lower lr_g and lr_d, or use "
+    "precision float32, in a new run"
+)
 
 
 class _Training:
@@ -263,10 +267,19 @@ class _Training:
                 if not math.isfinite(step[name]):
                     raise DivergenceError(
                         f"{name} is {step[name]} at iteration {step['iteration']} of epoch "
-                        f"{self.epoch + 1}: training has diverged. The last checkpoint is from "
-                        "before; lower lr_g and lr_d, or use precision float32, in a new run"
+                        f"{self.epoch + 1}: {_DIVERGED}"
                     )
         return steps, wishes[0] > 0
+
+    def check_weights(self) -> None:
+        """Raise DivergenceError if a weight is not finite: a finite loss may come before it."""
+        for network, module in (("generator", self.g), ("discriminator", self.d)):
+            for name, value in unwrap(module).state_dict().items():
+                if not torch.isfinite(value).all():
+                    raise DivergenceError(
+                        f"{name} of the {network} is no longer finite after iteration "
+                        f"{self.iteration}: {_DIVERGED}"
+                    )
 
     def state(self) -> dict[str, Any]:
         """All that is needed to go on exactly here; every rank has to ask for it together.
@@ -405,6 +418,7 @@ def _end_epoch(
     asked = "now" if leave else ranks.from_first(lambda: keeper.asked() if keeper else "")
     last = bool(asked) or training.epoch == p.epochs
     if last or training.epoch % p.checkpoint_every == 0:
+        training.check_weights()
         ranks.require_equal_weights({"generator": training.g, "discriminator": training.d})
     if keeper is not None:
         keeper.keep_epoch(training.epoch, records, training.draw, training.state, last)

@@ -6,11 +6,13 @@ another one, or a terminal on another machine.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
 
 from gan_lib import plots
+from gan_lib.errors import RunError
 from gan_lib.progress import ProgressBar, is_headless, progress_text
 from gan_lib.results import Run
 
@@ -35,8 +37,9 @@ def watch_run(run: Run, goes_on: Callable[[], bool]) -> None:
         if not goes_on():
             return
         time.sleep(SECONDS_BETWEEN_LOOKS)
-    steps_per_epoch = run.info()["steps_per_epoch"]
-    total = steps_per_epoch * run.parameters.epochs
+    info = run.info()
+    steps_per_epoch, epochs = info["steps_per_epoch"], info["parameters"]["epochs"]
+    total = steps_per_epoch * epochs
     told = 0
     with ProgressBar(total, "training", "step") as bar:
         while True:
@@ -50,9 +53,9 @@ def watch_run(run: Run, goes_on: Callable[[], bool]) -> None:
                 # Between two records nobody knows more than the last one says; a run that ended
                 # well has also done the steps after it.
                 now = last["iteration"]
-                if not going and run.status().state in ("finished", "stopped"):
+                if not going and run.status().state == "finished":
                     now = last["epoch"] * steps_per_epoch
-                bar.update(now - bar.done, progress_text(last, run.parameters.epochs))
+                bar.update(now - bar.done, progress_text(last, epochs))
                 picture.update()
             if not going:
                 picture.update(final=True)
@@ -97,9 +100,11 @@ def watch_from_outside(run: Run) -> None:
 
 def _newest_record(run: Run) -> dict[str, Any] | None:
     for epoch in reversed(run.epochs("records")):
-        records = run.records([epoch]).to_dict("records")
-        if records:
-            return records[-1]
+        # A job that goes back to its last checkpoint deletes the records after it.
+        with contextlib.suppress(RunError):
+            records = run.records([epoch]).to_dict("records")
+            if records:
+                return records[-1]
     return None
 
 
@@ -119,7 +124,10 @@ class _LivePicture:
         self._drawn_at = now
         from IPython.display import display
 
-        figure = plots.plot_progress(self._run)
+        try:
+            figure = plots.plot_progress(self._run)
+        except RunError:
+            return  # what was listed is gone: the next look finds what is there
         if self._handle is None:
             self._handle = display(figure, display_id=True)
         else:

@@ -44,6 +44,7 @@ PLOTS: dict[str, Callable[[Run, ImageSet], Any]] = {
     ),
     "plot_bars": lambda run, images: plots.plot_bars({"a": 1.0, "b": 2.0}, "speed", "images/s"),
     "plot_shares": lambda run, images: plots.plot_shares(epoch_shares(96, 32, 2, 0, 1), "shares"),
+    "plot_clock": lambda run, images: plots.plot_clock(run),
     "plot_progress": lambda run, images: plots.plot_progress(run),
 }
 

@@ -15,13 +15,13 @@ from gan_lib.models import render
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results import (
     LOSSES,
-    DaskResultsHandler,
     Run,
     RunWriter,
     create_run,
     image_grid,
     open_run,
 )
+from gan_lib.results_handler import DaskResultsHandler
 from gan_lib.training import train_gan
 
 
