@@ -207,8 +207,10 @@ class Job:
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         self.restarts.append(f"{time.strftime('%H:%M:%S')} {said}")
         with contextlib.suppress(OSError):
-            job = self.run.status().job
-            RunWriter(self.run.url).set_status("waiting", job=job, restarts=self.restarts)
+            # A name of no attempt: what is left of the last one writes nothing more.
+            RunWriter(self.run.url).set_status(
+                "waiting", job=f"{self._name}-none", restarts=self.restarts
+            )
 
     def _workers_to_go_on_with(self) -> list[Place]:
         """Wait for workers; none if somebody asks to stop meanwhile.

@@ -50,18 +50,12 @@ def last_epoch(run: Run) -> int:
     return max(run.epochs("records"), default=0)
 
 
-def trains(job: Job, after: int = 0) -> bool:
-    return job.run.status().state == "training" and last_epoch(job.run) > after
-
-
-def resumed_at(job: Job) -> int:
-    """The epoch after which the job goes on; endless far until it has said so."""
-    told = job.run.info().get("resumed")
-    return told["epoch"] if told else ENDLESS
+def trains(job: Job) -> bool:
+    return job.run.status().state == "training" and last_epoch(job.run) > 0
 
 
 class Faults:
-    """What can happen to a job; each method does it and returns once it is over."""
+    """What can happen to a job; each does it and waits until the job trains again."""
 
     def __init__(self, client: Client, job: Job, rng: random.Random) -> None:
         self.client, self.job, self.rng = client, job, rng
@@ -73,39 +67,53 @@ class Faults:
         wait_until(lambda: trains(job), "training", job)
         # Not always at the same place of an epoch.
         time.sleep(self.rng.uniform(0.3, 1.5))
-        restarts = len(job.restarts)
         print(f"{name}: {job!r}", flush=True)
+        done = last_epoch(job.run)
         started = time.monotonic()
         getattr(self, name)()
-        if name == "fill_disk":  # which passes before anything has to start again, or not
-            wait_until(lambda: trains(job, last_epoch(job.run)), name, job)
-        else:
-            wait_until(lambda: len(job.restarts) > restarts, f"{name} is noticed", job)
-            wait_until(lambda: trains(job, resumed_at(job)), name, job)
+        if name == "fill_disk":  # which may pass before anything has to start again
+            wait_until(lambda: last_epoch(job.run) > done, name, job)
+            wait_until(lambda: trains(job), name, job)
         self.seconds.setdefault(name, []).append(time.monotonic() - started)
 
     def _victim(self) -> tuple[str, int]:
         worker = self.rng.choice(self.job.workers)
         return worker, self.client.run(os.getpid, workers=[worker])[worker]
 
+    def _until_it_trains_again(self, attempt: str) -> dict[str, Any]:
+        """Wait for another attempt; what it says of where it goes on."""
+        run = self.job.run
+
+        def goes_on() -> bool:
+            status = run.status()
+            return status.state == "training" and status.job != attempt
+
+        wait_until(goes_on, "another attempt", self.job)
+        told = run.info()["resumed"]
+        wait_until(lambda: last_epoch(run) > told["epoch"], "its first epoch", self.job)
+        return told
+
     def kill(self) -> None:
-        before = last_epoch(self.job.run)
+        run = self.job.run
+        before, attempt = last_epoch(run), run.status().job
         os.kill(self._victim()[1], signal.SIGKILL)
-        restarts = len(self.job.restarts)
-        wait_until(lambda: len(self.job.restarts) > restarts, "the kill is noticed", self.job)
-        wait_until(lambda: trains(self.job), "training", self.job)
-        again = self.job.run.info()["resumed"]["epoch"]
+        told = self._until_it_trains_again(attempt)
         # One interval, and what was waiting to be written.
-        assert again >= before - self.job.run.parameters.checkpoint_every - 2
+        assert told["epoch"] >= before - run.parameters.checkpoint_every - 2
+        assert told["damaged"] == []
 
     def suspend(self) -> None:
+        attempt = self.job.run.status().job
         os.kill(self._victim()[1], signal.SIGSTOP)
+        self._until_it_trains_again(attempt)
 
     def cut(self) -> None:
         def lose_the_scheduler(dask_worker: Worker) -> None:
             dask_worker.loop.call_later(0.1, dask_worker.batched_stream.comm.abort)
 
+        attempt = self.job.run.status().job
         self.client.run(lose_the_scheduler, workers=[self.rng.choice(self.job.workers)])
+        self._until_it_trains_again(attempt)
 
     def fill_disk(self) -> None:
         def limit_files(n_bytes: int) -> None:
@@ -120,8 +128,8 @@ class Faults:
     def corrupt(self) -> None:
         run = self.job.run
         wait_until(lambda: len(run.epochs("checkpoints")) >= 2, "two checkpoints", self.job)
+        attempt, restarts = run.status().job, len(self.job.restarts)
         os.kill(self._victim()[1], signal.SIGKILL)
-        restarts = len(self.job.restarts)
         wait_until(lambda: len(self.job.restarts) > restarts, "the kill is noticed", self.job)
         newest = Checkpoints(Folder(run.url)).positions()[-1]
         path = f"{run.url}/{newest.path}"
@@ -130,8 +138,7 @@ class Faults:
         data[len(data) // 2] ^= 255
         with fsspec.open(path, "wb") as file:
             file.write(data)
-        wait_until(lambda: trains(self.job), "training", self.job)
-        told = run.info()["resumed"]
+        told = self._until_it_trains_again(attempt)
         assert told["epoch"] < newest.epochs
         assert "checksum" in told["damaged"][0]
 
