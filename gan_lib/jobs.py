@@ -30,6 +30,7 @@ from gan_lib.workers import (
     Watch,
     assign_places,
     replace_lost_workers,
+    restart_workers,
 )
 
 SECONDS_BETWEEN_LOOKS = 0.3
@@ -39,6 +40,8 @@ SECONDS_TO_SETTLE = 3.0
 SECONDS_FOR_WORKERS = 600.0
 # How often, and for how long, a scheduler is asked that does not answer.
 SECONDS_BETWEEN_QUESTIONS, QUESTIONS = 2.0, 5
+# Seconds at most before storage is tried again that has failed.
+LONGEST_PAUSE = 30.0
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Job:
 
     Attributes:
         run: its run directory, to be read at any time.
+        workers: addresses of the workers, by rank.
         restarts: why it was started again, a sentence for each time.
     """
 
@@ -74,25 +78,25 @@ class Job:
         self, client: Client, url: str, plan: Plan, places: list[Place], resume: bool
     ) -> None:
         self.run: Run = open_run(url)
+        self.workers = [place.worker for place in places]
         self.restarts: list[str] = []
         self._client = client
         self._plan = plan
         self._name = uuid.uuid4().hex
         self._watch = Watch(client)
         self._joined_at: float | None = None
+        self._used: set[str] = set()
+        self._storage_failures = 0
         self._results: list[Any] = []
         self._error: BaseException | None = None
         self._ended = threading.Event()
-        self._group = self._start(places, resume)
-        threading.Thread(target=self._supervise, name="supervising", daemon=True).start()
+        self._claim()
+        threading.Thread(
+            target=self._supervise, args=(places, resume), name="supervising", daemon=True
+        ).start()
 
     def __repr__(self) -> str:
         return f"<Job {self.status} on {len(self.workers)} workers, {self.run.url}>"
-
-    @property
-    def workers(self) -> list[str]:
-        """Addresses of the workers, by rank."""
-        return self._group.workers
 
     @property
     def status(self) -> str:
@@ -144,48 +148,59 @@ class Job:
         if not self.done():
             RunWriter(self.run.url).submit_result(STOP, "now" if now else "epoch")
 
-    def _start(self, places: list[Place], resume: bool) -> RankGroup:
-        attempt = f"{self._name}-{len(self.restarts)}-{uuid.uuid4().hex[:4]}"
-        # From here on, what is left of an earlier attempt writes nothing more.
+    def _claim(self) -> str:
+        """A new name in status.json: what is left of an earlier attempt writes nothing more."""
+        attempt = f"{self._name}-{uuid.uuid4().hex[:8]}"
         RunWriter(self.run.url).set_status("waiting", job=attempt, restarts=self.restarts)
-        plan = self._plan
-        arguments = {"parameters": plan.parameters, "run": self.run.url, "resume": resume}
-        device = plan.parameters.device
-        futures = start_ranks(self._client, places, device, plan.function, arguments, attempt)
-        return RankGroup(self._client, futures)
+        return attempt
 
-    def _supervise(self) -> None:
+    def _supervise(self, places: list[Place], resume: bool) -> None:
         try:
-            error = self._until_it_ends()
-            while error is not None or self._wants_more_workers():
+            while places:
+                error = self._attempt(places, resume)
                 if error is not None:
                     self._note(error)
-                places = self._workers_to_go_on_with()
-                if not places:
+                elif not self._wants_more_workers():
                     return
-                try:
-                    self._group = self._start(places, resume=True)
-                    error = self._until_it_ends()
-                except (OSError, WorkerLostError) as lost:
-                    error = lost
-            self._results = self._group.result()
+                places = self._workers_to_go_on_with()
+                resume = True
         except BaseException as error:
             self._error = error
             with contextlib.suppress(Exception):
-                status = self.run.status()
-                RunWriter(self.run.url).set_status(
-                    "failed", error=str(error), job=status.job, restarts=self.restarts
-                )
+                job = self.run.status().job
+                # Another job may go on with the run by now.
+                if job.startswith(self._name):
+                    RunWriter(self.run.url).set_status(
+                        "failed", error=str(error), job=job, restarts=self.restarts
+                    )
         finally:
             self._ended.set()
 
-    def _until_it_ends(self) -> BaseException | None:
-        """Watch over an attempt; what ended it, or None if it ended well."""
+    def _attempt(self, places: list[Place], resume: bool) -> BaseException | None:
+        """Train on these workers; what ended it, or None if it ended well."""
+        plan = self._plan
+        self.workers = [place.worker for place in places]
+        self._used |= set(self.workers)
+        arguments = {"parameters": plan.parameters, "run": self.run.url, "resume": resume}
+        try:
+            attempt = self._claim()
+            device = plan.parameters.device
+            futures = start_ranks(self._client, places, device, plan.function, arguments, attempt)
+        except (OSError, KeyError, WorkerLostError) as lost:
+            # A worker that has gone in the meantime; the run directory cannot be written.
+            return lost if isinstance(lost, OSError) else WorkerLostError(str(lost))
+        group = RankGroup(self._client, futures)
+        error = self._until_it_ends(group)
+        if error is None:
+            self._results = group.result()
+        return error
+
+    def _until_it_ends(self, group: RankGroup) -> BaseException | None:
         unanswered = 0
         while True:
             try:
-                if self._group.done():
-                    return self._group.error()
+                if group.done():
+                    return group.error()
                 self._let_new_workers_in()
                 unanswered = 0
                 time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -204,13 +219,14 @@ class Job:
             if worth_a_retry(error):
                 error.add_note(f"after {len(self.restarts)} restarts, which max_restarts allows")
             raise error
+        # A disk that is full stays so for a while; a lost worker is no reason to wait.
+        self._storage_failures = self._storage_failures + 1 if isinstance(error, OSError) else 0
+        if self._storage_failures > 1:
+            time.sleep(min(2.0**self._storage_failures, LONGEST_PAUSE))
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         self.restarts.append(f"{time.strftime('%H:%M:%S')} {said}")
         with contextlib.suppress(OSError):
-            # A name of no attempt: what is left of the last one writes nothing more.
-            RunWriter(self.run.url).set_status(
-                "waiting", job=f"{self._name}-none", restarts=self.restarts
-            )
+            self._claim()
 
     def _workers_to_go_on_with(self) -> list[Place]:
         """Wait for workers; none if somebody asks to stop meanwhile.
@@ -227,6 +243,10 @@ class Job:
             # A scheduler that is too busy to answer may answer the next time.
             with contextlib.suppress(OSError, WorkerLostError):
                 free = [worker for worker, sign in self._watch.alive().items() if not sign.busy]
+                hanging = self._used & set(self._watch.silent())
+                if hanging:
+                    self._used -= hanging
+                    restart_workers(self._client, hanging)
             least = plan.min_workers if waited > plan.grace else max(wanted, plan.min_workers)
             if len(free) >= least:
                 return assign_places(free, min(self._most_ranks(), plan.n_workers or len(free)))
@@ -267,7 +287,7 @@ class Job:
         return info["images"] // info["steps_per_epoch"]
 
     def _wants_more_workers(self) -> bool:
-        first = self._group.result()[0]
+        first = self._results[0]
         return isinstance(first, TrainingResult) and first.asked == "regroup" and first.stopped
 
     def _stop_is_asked(self) -> bool:

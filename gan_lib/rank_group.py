@@ -45,6 +45,8 @@ from gan_lib.workers import (
 
 # How long the other ranks may take to notice that one has failed, and to end.
 SECONDS_TO_FAIL = 10
+# How long a value may take that a rank has brought back.
+SECONDS_FOR_A_VALUE = 5
 # How often a rank asks whether anybody still waits for it.
 SECONDS_BETWEEN_LOOKS = 0.5
 # A collective that takes longer has lost a rank that Dask still hears of.
@@ -67,15 +69,15 @@ def start_ranks(
     gpus, backend = [0] * len(places), "gloo"
     if device != "cpu":
         workers = [place.worker for place in places]
-        seen = ask(client, lambda: client.run(_visible_gpus, workers=workers))
+        seen = ask(client, lambda: client.run(_visible_gpus, workers=workers), workers)
         gpus, backend = pick_gpus(
             [seen[place.worker] for place in places], [place.local_rank for place in places]
         )
     first = places[0]
     job_id = uuid.uuid4().hex
-    port = ask(client, lambda: client.run(_listen, job_id, first.host, workers=[first.worker]))[
-        first.worker
-    ]
+    at_first = [first.worker]
+    ports = ask(client, lambda: client.run(_listen, job_id, first.host, workers=at_first), at_first)
+    port = ports[first.worker]
     return {
         place.worker: client.submit(
             _work_as_rank,
@@ -111,12 +113,14 @@ class RankGroup:
         self._client = client
         self._futures = list(futures.values())
         self._error: BaseException | None = None
+        # What the ranks that have ended brought back, by rank.
+        self._values: dict[int, Any] = {}
         self._watch = Watch(client)
         self._hanging: set[str] = set()
 
     def done(self) -> bool:
         """Whether all ranks have ended, well or not."""
-        return self.error() is not None or all(future.done() for future in self._futures)
+        return self.error() is not None or len(self._values) == len(self._futures)
 
     def result(self, timeout: float | None = None) -> list[Any]:
         """Wait for the end; what each rank returned, by rank.
@@ -138,7 +142,7 @@ class RankGroup:
         error = self.error()
         if error is not None:
             raise error
-        return [future.result() for future in self._futures]
+        return [self._values[rank] for rank in range(len(self._futures))]
 
     def error(self) -> BaseException | None:
         """The error of the rank that failed first; None while none has."""
@@ -172,23 +176,26 @@ class RankGroup:
         return first and first.error.with_traceback(first.traceback)
 
     def _failures(self) -> list[_Failure]:
-        failures = []
-        for future in self._futures:
+        for rank, future in enumerate(self._futures):
             # Read once: it may change between two looks.
             status = future.status
+            if rank in self._values or status == "pending":
+                continue
             if status == "finished":
-                value = future.result()
-                if isinstance(value, _Failure):
-                    failures.append(value)
-            elif status != "pending":
+                # The value lies on a worker, which may hang by now.
+                with contextlib.suppress(TimeoutError):
+                    self._values[rank] = future.result(timeout=SECONDS_FOR_A_VALUE)
+            else:
                 # Dask's own failure: the task never ran, or was cancelled.
                 error = future.exception() if status == "error" else CancelledError()
-                failures.append(_Failure(_LAST, error, error.__traceback__))
-        return failures
+                self._values[rank] = _Failure(_LAST, error, error.__traceback__)
+        return [value for value in self._values.values() if isinstance(value, _Failure)]
 
     def _still_running(self) -> bool:
         gone = self._gone()
-        return any(not f.done() for rank, f in enumerate(self._futures) if rank not in gone)
+        self._failures()
+        ranks = range(len(self._futures))
+        return any(rank not in self._values and rank not in gone for rank in ranks)
 
     def _gone(self) -> list[int]:
         # A task that is pinned to a worker waits for it for ever, also when it has died.
@@ -200,8 +207,8 @@ class RankGroup:
             restart_workers(self._client, hanging)
         return [
             rank
-            for rank, (future, worker) in enumerate(zip(self._futures, self.workers, strict=True))
-            if not future.done() and worker not in alive
+            for rank, worker in enumerate(self.workers)
+            if rank not in self._values and worker not in alive
         ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,8 +22,8 @@ _T = TypeVar("_T")
 SECONDS_TO_WAIT_FOR_WORKERS = 10
 # A worker reports every half second; one that says nothing for so long hangs, or is cut off.
 SECONDS_OF_SILENCE = 10.0
-# What any question to the cluster may take.
-SECONDS_TO_ANSWER = 30.0
+# What any question to the cluster may take: the answer may need torch, from a slow disk.
+SECONDS_TO_ANSWER = 180.0
 # The keys of the tasks that are ranks begin with it.
 RANK_PREFIX = "rank-"
 
@@ -98,11 +98,17 @@ class Watch:
         return time.monotonic() - self._seen[worker][1] > SECONDS_OF_SILENCE
 
 
-def ask(client: Client, question: Callable[[], _T]) -> _T:
+def ask(client: Client, question: Callable[[], _T], workers: Sequence[str] = ()) -> _T:
     """What a cluster answers; Dask waits for ever for a worker that was suspended.
 
+    Args:
+        client: of the cluster.
+        question: asks it.
+        workers: that have to answer.
+
     Raises:
-        WorkerLostError: if it does not answer within `SECONDS_TO_ANSWER`.
+        WorkerLostError: if it does not answer within `SECONDS_TO_ANSWER`, or one of the
+            workers is lost or silent meanwhile.
     """
     answers: list[_T] = []
     errors: list[BaseException] = []
@@ -115,7 +121,15 @@ def ask(client: Client, question: Callable[[], _T]) -> _T:
 
     thread = threading.Thread(target=run, daemon=True, name="asking the cluster")
     thread.start()
-    thread.join(SECONDS_TO_ANSWER)
+    deadline = time.monotonic() + SECONDS_TO_ANSWER
+    watch = Watch(client)
+    while thread.is_alive() and time.monotonic() < deadline:
+        thread.join(0.5)
+        if workers and thread.is_alive():
+            alive = watch.alive()
+            for worker in workers:
+                if worker not in alive:
+                    raise WorkerLostError(f"the worker {worker} is gone, or does not answer")
     if answers:
         return answers[0]
     if errors:
