@@ -114,7 +114,7 @@ def launch(
         run: URL of the run directory, which rank 0 must be able to write and this
             process to read; None makes a new one under `runs/`.
         n_workers: use only this many; None uses all.
-        resume: go on from the newest checkpoint in `run`.
+        resume: go on from the newest checkpoint in `run`; a job that still trains it ends.
         function: called on each rank as `function(parameters=..., run=..., resume=...)`.
         min_workers: go on with no fewer than these.
         max_restarts: end with the cause after so many restarts.

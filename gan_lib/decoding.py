@@ -106,6 +106,13 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         eight = (np.asarray(image, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8)
         return Image.fromarray(eight)
+    if image.mode == "F":
+        # Floating-point files hold 0 to 1 or 0 to 255, and nothing in them says which.
+        values = np.asarray(image)
+        low, high = values.min(), values.max()
+        if not (low >= 0 and high <= 255):
+            raise ValueError(f"its values go from {low:g} to {high:g}, neither 0 to 1 nor 0 to 255")
+        return Image.fromarray((values * (255 if high <= 1 else 1)).round().astype(np.uint8))
     return image
 
 

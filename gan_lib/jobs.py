@@ -86,6 +86,7 @@ class Job:
         self._watch = Watch(client)
         self._joined_at: float | None = None
         self._used: set[str] = set()
+        self._most: int | None = None
         self._storage_failures = 0
         self._results: list[Any] = []
         self._error: BaseException | None = None
@@ -150,19 +151,22 @@ class Job:
 
     def _claim(self) -> str:
         """A new name in status.json: what is left of an earlier attempt writes nothing more."""
-        attempt = f"{self._name}-{uuid.uuid4().hex[:8]}"
+        attempt = f"{self._name}-{len(self.restarts)}-{uuid.uuid4().hex[:8]}"
         RunWriter(self.run.url).set_status("waiting", job=attempt, restarts=self.restarts)
         return attempt
 
     def _supervise(self, places: list[Place], resume: bool) -> None:
         try:
             while places:
+                wanted = self._plan.n_workers or len(places)
                 error = self._attempt(places, resume)
                 if error is not None:
                     self._note(error)
-                elif not self._wants_more_workers():
+                elif self._wants_more_workers():
+                    wanted = len(places) + 1
+                else:
                     return
-                places = self._workers_to_go_on_with()
+                places = self._workers_to_go_on_with(wanted)
                 resume = True
         except BaseException as error:
             self._error = error
@@ -228,14 +232,13 @@ class Job:
         with contextlib.suppress(OSError):
             self._claim()
 
-    def _workers_to_go_on_with(self) -> list[Place]:
+    def _workers_to_go_on_with(self, wanted: int) -> list[Place]:
         """Wait for workers; none if somebody asks to stop meanwhile.
 
         Raises:
             ClusterError: if there are too few for too long.
         """
         plan = self._plan
-        wanted = plan.n_workers or len(self.workers)
         began = time.monotonic()
         while True:
             waited = time.monotonic() - began
@@ -281,10 +284,12 @@ class Job:
 
     def _most_ranks(self) -> int:
         """As many as have an image each in every step."""
-        info = self.run.info()
-        if "steps_per_epoch" not in info:
-            return len(self.workers)
-        return info["images"] // info["steps_per_epoch"]
+        if self._most is None:
+            info = self.run.info()
+            if "steps_per_epoch" not in info:
+                return len(self.workers)
+            self._most = info["images"] // info["steps_per_epoch"]
+        return self._most
 
     def _wants_more_workers(self) -> bool:
         first = self._results[0]

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
 from gan_lib.errors import ParameterError, ReplicaError
 
-# Names the attempt of a supervised job that this process is a rank of.
+# Names the attempt of a supervised job that this process is a rank of: JOB-RESTARTS-ATTEMPT.
 ATTEMPT_VARIABLE = "GAN_LIB_ATTEMPT"
 # Set when nobody waits any more for what this process's rank does: it should keep what it has
 # and end.
@@ -110,6 +110,11 @@ def _checksum(value: Tensor) -> str:
 def unwrap(module: nn.Module) -> nn.Module:
     """The module itself, without its DDP wrapper."""
     return module.module if isinstance(module, DDP) else module
+
+
+def restarts_before(attempt: str) -> int:
+    """How often a job had been started again when it made this attempt."""
+    return int(attempt.split("-")[1]) if attempt else 0
 
 
 def pick_device(wanted: str = "auto", local_rank: int | None = None) -> torch.device:

@@ -36,6 +36,7 @@ from gan_lib.ranks import (
     Ranks,
     distribute,
     pick_device,
+    restarts_before,
     unwrap,
     weights_checksum,
 )
@@ -138,7 +139,7 @@ def train_gan(
         damaged: list[str] = []
         if run is not None and resume:
             # Nobody is there to decide: a job that restarts begins anew if it has to.
-            start_over = bool(attempt)
+            start_over = restarts_before(attempt) > 0
             state, records, damaged = ranks.from_first(lambda: take_up(run, start_over))
             if state:
                 training.load(state)
@@ -148,13 +149,9 @@ def train_gan(
             keeper.keep_parameters(info)
         result = _run_epochs(training, batches, keeper, records, show)
         if keeper is not None:
-            ended = (
-                "waiting"
-                if result.asked == "regroup"
-                else "stopped"
-                if result.stopped
-                else "finished"
-            )
+            ended = "stopped" if result.stopped else "finished"
+            if result.stopped and result.asked == "regroup":
+                ended = "waiting"
             keeper.close(ended, granted=result.asked)
     except Exception as error:
         if keeper is not None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gan_lib.decoding import decode_image
 from gan_lib.errors import ParameterError, SourceError
 from gan_lib.images import ImageSet, SkippedFilesWarning, prepare_images
 
@@ -126,6 +127,20 @@ def folder(tmp_path: Path) -> Path:
     (root / "single.1").mkdir()
     (root / "single.1" / "plain.jpg").write_bytes(JPEG)
     return root
+
+
+@pytest.mark.parametrize("scale", [1.0, 255.0])
+def test_floating_point_files(scale: float) -> None:
+    values = np.linspace(0, scale, 900, dtype=np.float32).reshape(30, 30)
+    pixels = decode_image(encoded(Image.fromarray(values), "TIFF"), SIZE, 1)
+    assert pixels.min() < 20
+    assert pixels.max() > 235
+
+
+def test_floating_point_files_of_another_range() -> None:
+    values = np.full((30, 30), -4.5, np.float32)
+    with pytest.raises(ValueError, match=r"from -4\.5 to -4\.5, neither"):
+        decode_image(encoded(Image.fromarray(values), "TIFF"), SIZE, 3)
 
 
 def check(images: ImageSet) -> None:
