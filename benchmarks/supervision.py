@@ -1,6 +1,6 @@
 """What do supervision and checkpoints cost a training?
 
-    python benchmarks/supervision.py [--repeats 5]
+    python benchmarks/supervision.py [--repeats 3]
 
 Measured in one run, in turn, on two ranks: the same training launched as a job with
 records, samples and checkpoints in a run directory, and run without any of that.
@@ -20,9 +20,9 @@ from gan_lib.cluster import close_cluster, launch, run_ranks, start_cluster
 from gan_lib.parameters import TrainingParameters
 from gan_lib.training import train_gan
 
-# DCGAN at 64 x 64 is 16 MB of weights, 75 MB with its optimisers: a checkpoint every 32 steps.
+# DCGAN at 64 x 64 is 16 MB of weights, 75 MB with its optimisers: a checkpoint every 16 steps.
 PARAMETERS = TrainingParameters(
-    batch_size=64, max_images=512, epochs=8, checkpoint_every=4, record_every=1, sample_every=1
+    batch_size=64, max_images=512, epochs=4, checkpoint_every=2, record_every=1, sample_every=1
 )
 
 
@@ -33,7 +33,7 @@ def alone(p: TrainingParameters) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     repeats = parser.parse_args().repeats
     rates: dict[str, list[float]] = {"neither": [], "both": []}
     client = start_cluster(2, device="cpu")
