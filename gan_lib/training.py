@@ -100,7 +100,7 @@ def train_gan(
         resume: go on from the newest whole checkpoint in `run`; from the start if there is none.
         local_rank: which GPU of this machine to take; None asks the environment variable
             LOCAL_RANK, and takes the first GPU if that is not set.
-        progress: show a progress bar; None shows one if this is the only rank.
+        progress: show a progress bar; None shows one if this process is no rank of a cluster.
 
     Raises:
         ParameterError: if the parameters are wrong, or differ between the ranks.
@@ -113,7 +113,7 @@ def train_gan(
     if not isinstance(parameters, TrainingParameters):
         parameters = TrainingParameters.from_mapping(parameters or {})
     ranks = Ranks()
-    show = ranks.world_size == 1 if progress is None else progress
+    show = not ranks.distributed if progress is None else progress
     device = pick_device(parameters.device, local_rank)
     if images is None:
         p = parameters
