@@ -172,6 +172,14 @@ class Keeper:
             self._background.submit(self._set_status, state)
         self._background.close()
 
+    def fail(self, error: BaseException) -> None:
+        """Write what can still be written, and why the run ended."""
+        # A full disk, say, must not hide that.
+        with contextlib.suppress(Exception):
+            self.keep_status("failed", error=f"{type(error).__name__}: {error}")
+        with contextlib.suppress(Exception):
+            self.close()
+
     def _write(self, path: str, data: str | bytes) -> None:
         assert self.writer is not None
         self._check_that_it_is_ours()

@@ -6,7 +6,6 @@ torch.distributed which, and knows nothing of Dask.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import math
 import os
@@ -115,13 +114,12 @@ def train_gan(
     ranks = Ranks()
     show = not ranks.distributed if progress is None else progress
     device = pick_device(parameters.device, local_rank)
+    p = parameters
     if images is None:
-        p = parameters
         images = prepare_images(
             p.source, p.image_size, p.channels, p.crop, p.max_images, progress=show
         )
     elif not isinstance(images, ImageSet):
-        p = parameters
         images = dataset_images(images, p.image_size, p.channels, p.crop)
     _check_images(images, parameters)
     checksum = images.checksum()
@@ -155,11 +153,7 @@ def train_gan(
             keeper.close(ended, granted=result.asked)
     except Exception as error:
         if keeper is not None:
-            # A full disk, say, must not hide why the run ended.
-            with contextlib.suppress(Exception):
-                keeper.keep_status("failed", error=f"{type(error).__name__}: {error}")
-            with contextlib.suppress(Exception):
-                keeper.close()
+            keeper.fail(error)
         raise
     result.run = run
     return result
