@@ -67,9 +67,11 @@ def start_ranks(
         WorkerLostError: if a worker does not answer.
     """
     gpus, backend = [0] * len(places), "gloo"
+    workers = [place.worker for place in places]
+    # Also where the answer is not needed: it makes them import torch, before a silence of theirs
+    # is taken for a failure.
+    seen = ask(client, lambda: client.run(_visible_gpus, workers=workers), workers)
     if device != "cpu":
-        workers = [place.worker for place in places]
-        seen = ask(client, lambda: client.run(_visible_gpus, workers=workers), workers)
         gpus, backend = pick_gpus(
             [seen[place.worker] for place in places], [place.local_rank for place in places]
         )

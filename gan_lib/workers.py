@@ -22,8 +22,9 @@ _T = TypeVar("_T")
 SECONDS_TO_WAIT_FOR_WORKERS = 10
 # A worker reports every half second; one that says nothing for so long hangs, or is cut off.
 SECONDS_OF_SILENCE = 10.0
-# What any question to the cluster may take: the answer may need torch, from a slow disk.
-SECONDS_TO_ANSWER = 180.0
+# What any question to the cluster may take, and how long a worker may be silent over it: the
+# first one has it import torch, from a cold disk, and it reports nothing meanwhile.
+SECONDS_TO_ANSWER, SECONDS_TO_THINK = 180.0, 60.0
 # The keys of the tasks that are ranks begin with it.
 RANK_PREFIX = "rank-"
 
@@ -65,10 +66,12 @@ class Watch:
 
     Args:
         client: of the cluster.
+        patience: seconds of silence after which a worker counts no more as alive.
     """
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, patience: float = SECONDS_OF_SILENCE) -> None:
         self._client = client
+        self._patience = patience
         # By worker: when it was last seen, by the scheduler's clock, and since when that has not
         # changed, by ours, which stands still while a laptop sleeps.
         self._seen: dict[str, tuple[float, float]] = {}
@@ -95,7 +98,7 @@ class Watch:
         return [worker for worker in self._seen if self._silent(worker)]
 
     def _silent(self, worker: str) -> bool:
-        return time.monotonic() - self._seen[worker][1] > SECONDS_OF_SILENCE
+        return time.monotonic() - self._seen[worker][1] > self._patience
 
 
 def ask(client: Client, question: Callable[[], _T], workers: Sequence[str] = ()) -> _T:
@@ -122,7 +125,7 @@ def ask(client: Client, question: Callable[[], _T], workers: Sequence[str] = ())
     thread = threading.Thread(target=run, daemon=True, name="asking the cluster")
     thread.start()
     deadline = time.monotonic() + SECONDS_TO_ANSWER
-    watch = Watch(client)
+    watch = Watch(client, SECONDS_TO_THINK)
     while thread.is_alive() and time.monotonic() < deadline:
         thread.join(0.5)
         if workers and thread.is_alive():
