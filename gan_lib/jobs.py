@@ -91,10 +91,13 @@ class Job:
         self._results: list[Any] = []
         self._error: BaseException | None = None
         self._ended = threading.Event()
+        self._has_begun = threading.Event()
         self._claim()
         threading.Thread(
             target=self._supervise, args=(places, resume), name="supervising", daemon=True
         ).start()
+        # Another job that is launched next should see that these workers are taken.
+        self._has_begun.wait()
 
     def __repr__(self) -> str:
         return f"<Job {self.status} on {len(self.workers)} workers, {self.run.url}>"
@@ -193,6 +196,8 @@ class Job:
         except (OSError, KeyError, WorkerLostError) as lost:
             # A worker that has gone in the meantime; the run directory cannot be written.
             return lost if isinstance(lost, OSError) else WorkerLostError(str(lost))
+        finally:
+            self._has_begun.set()
         group = RankGroup(self._client, futures)
         error = self._until_it_ends(group)
         if error is None:
