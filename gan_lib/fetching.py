@@ -56,7 +56,7 @@ def fetch_files(
     """
     fs, root = source.open()
     read = _reader(fs, paths)
-    ahead = max(1, min(IN_FLIGHT, WAITING_BYTES // max(1, *sizes))) if sizes else 1
+    ahead = max(1, min(IN_FLIGHT, WAITING_BYTES // max([1, *sizes])))
     read_any = False
     for result in in_order(_POOL, read, paths, sizes, ahead=ahead):
         if isinstance(result, Exception):

@@ -30,7 +30,6 @@ from gan_lib.workers import (
     Watch,
     assign_places,
     replace_lost_workers,
-    restart_workers,
 )
 
 SECONDS_BETWEEN_LOOKS = 0.3
@@ -80,6 +79,7 @@ class Job:
         self.run: Run = open_run(url)
         self.workers = [place.worker for place in places]
         self.restarts: list[str] = []
+        self._writer = RunWriter(url)
         self._client = client
         self._plan = plan
         self._name = uuid.uuid4().hex
@@ -150,12 +150,12 @@ class Job:
     def stop(self, now: bool = False) -> None:
         """Ask the job to end with a checkpoint: after the current epoch, or at once if `now`."""
         if not self.done():
-            RunWriter(self.run.url).submit_result(STOP, "now" if now else "epoch")
+            self.run.stop(now)
 
     def _claim(self) -> str:
         """A new name in status.json: what is left of an earlier attempt writes nothing more."""
         attempt = f"{self._name}-{len(self.restarts)}-{uuid.uuid4().hex[:8]}"
-        RunWriter(self.run.url).set_status("waiting", job=attempt, restarts=self.restarts)
+        self._writer.set_status("waiting", job=attempt, restarts=self.restarts)
         return attempt
 
     def _supervise(self, places: list[Place], resume: bool) -> None:
@@ -177,7 +177,7 @@ class Job:
                 job = self.run.status().job
                 # Another job may go on with the run by now.
                 if job.startswith(self._name):
-                    RunWriter(self.run.url).set_status(
+                    self._writer.set_status(
                         "failed", error=str(error), job=job, restarts=self.restarts
                     )
         finally:
@@ -198,7 +198,7 @@ class Job:
             return lost if isinstance(lost, OSError) else WorkerLostError(str(lost))
         finally:
             self._has_begun.set()
-        group = RankGroup(self._client, futures)
+        group = RankGroup(self._client, futures, self._watch)
         error = self._until_it_ends(group)
         if error is None:
             self._results = group.result()
@@ -224,16 +224,17 @@ class Job:
 
     def _note(self, error: BaseException) -> None:
         """Write down why there is another attempt, or raise `error` if there is none."""
-        if not worth_a_retry(error) or len(self.restarts) == self._plan.max_restarts:
-            if worth_a_retry(error):
-                error.add_note(f"after {len(self.restarts)} restarts, which max_restarts allows")
+        if not worth_a_retry(error):
+            raise error
+        if len(self.restarts) == self._plan.max_restarts:
+            error.add_note(f"after {len(self.restarts)} restarts, which max_restarts allows")
             raise error
         # A disk that is full stays so for a while; a lost worker is no reason to wait.
         self._storage_failures = self._storage_failures + 1 if isinstance(error, OSError) else 0
         if self._storage_failures > 1:
             time.sleep(min(2.0**self._storage_failures, LONGEST_PAUSE))
-        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        self.restarts.append(f"{time.strftime('%H:%M:%S')} {said}")
+        said = str(error).strip() or type(error).__name__
+        self.restarts.append(f"{time.strftime('%H:%M:%S')} {said.splitlines()[0]}")
         with contextlib.suppress(OSError):
             self._claim()
 
@@ -251,16 +252,13 @@ class Job:
             # A scheduler that is too busy to answer may answer the next time.
             with contextlib.suppress(OSError, WorkerLostError):
                 free = [worker for worker, sign in self._watch.alive().items() if not sign.busy]
-                hanging = self._used & set(self._watch.silent())
-                if hanging:
-                    self._used -= hanging
-                    restart_workers(self._client, hanging)
+                self._watch.end_hanging(self._used)
             least = plan.min_workers if waited > plan.grace else max(wanted, plan.min_workers)
             if len(free) >= least:
-                return assign_places(free, min(self._most_ranks(), plan.n_workers or len(free)))
-            if self._stop_is_asked():
-                RunWriter(self.run.url).set_status("stopped", restarts=self.restarts)
-                RunWriter(self.run.url).remove(STOP)
+                return assign_places(free, self._most_ranks())
+            if self._writer.request() in ("epoch", "now"):
+                self._writer.set_status("stopped", restarts=self.restarts)
+                self._writer.remove(STOP)
                 return []
             if waited > SECONDS_FOR_WORKERS:
                 raise ClusterError(
@@ -272,9 +270,7 @@ class Job:
 
     def _let_new_workers_in(self) -> None:
         """Have the ranks end after this epoch if there are more workers than they use."""
-        plan = self._plan
-        most = min(plan.n_workers or self._most_ranks(), self._most_ranks())
-        if plan.function is not train_gan or len(self.workers) >= most:
+        if self._plan.function is not train_gan or len(self.workers) >= self._most_ranks():
             return
         replace_lost_workers(self._client)
         signs = self._watch.alive()
@@ -282,26 +278,22 @@ class Job:
             self._joined_at = None
         elif self._joined_at is None:
             self._joined_at = time.monotonic()
-        elif time.monotonic() - self._joined_at > SECONDS_TO_SETTLE:
-            writer = RunWriter(self.run.url)
-            if not writer.request():
-                writer.submit_result(STOP, "regroup")
+        elif time.monotonic() - self._joined_at > SECONDS_TO_SETTLE and not self._writer.request():
+            self._writer.submit_result(STOP, "regroup")
 
     def _most_ranks(self) -> int:
-        """As many as have an image each in every step."""
+        """As many as are allowed, and have an image each in every step."""
         if self._most is None:
             info = self.run.info()
             if "steps_per_epoch" not in info:
                 return len(self.workers)
-            self._most = info["images"] // info["steps_per_epoch"]
+            most = info["images"] // info["steps_per_epoch"]
+            self._most = min(most, self._plan.n_workers or most)
         return self._most
 
     def _wants_more_workers(self) -> bool:
         first = self._results[0]
         return isinstance(first, TrainingResult) and first.asked == "regroup" and first.stopped
-
-    def _stop_is_asked(self) -> bool:
-        return RunWriter(self.run.url).request() in ("epoch", "now")
 
 
 def worth_a_retry(error: BaseException) -> bool:

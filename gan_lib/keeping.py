@@ -74,12 +74,12 @@ class Keeper:
         self.asked_now = False
         self._supervised = bool(attempt)
         self._attempt = attempt or uuid.uuid4().hex
-        self._restarts: list[str] = []
         self._written_at = self._signed_at = time.monotonic()
         self._state = ""
-        if run is not None:
-            self._restarts = list(open_run(run).status().restarts) if attempt else []
-            self._checkpoints = Checkpoints(RunWriter(run))
+        if self.writer is not None:
+            self._run = open_run(self.writer.url)
+            self._restarts = self._run.status().restarts if attempt else ()
+            self._checkpoints = Checkpoints(self.writer)
             self._background = BackgroundWriter(idle=self._look)
             if not attempt:
                 self._set_status("waiting")
@@ -92,10 +92,10 @@ class Keeper:
         if self.results is not None:
             self.results.submit_result(PARAMETERS, text)
 
-    def keep_status(self, state: str, **details: Any) -> None:
-        """What the run is doing. That a supervised attempt failed is its supervisor's to say."""
-        if self.writer is not None and not (state == "failed" and self._supervised):
-            self._background.submit(self._set_status, state, **details)
+    def keep_status(self, state: str) -> None:
+        """What the run is doing."""
+        if self.writer is not None:
+            self._background.submit(self._set_status, state)
 
     def keep_records(self, epoch: int, records: list[dict[str, Any]]) -> None:
         """The records so far of an epoch that goes on, now and then."""
@@ -176,7 +176,10 @@ class Keeper:
         """Write what can still be written, and why the run ended."""
         # A full disk, say, must not hide that.
         with contextlib.suppress(Exception):
-            self.keep_status("failed", error=f"{type(error).__name__}: {error}")
+            # That a supervised attempt failed is its supervisor's to say.
+            if self.writer is not None and not self._supervised:
+                said = f"{type(error).__name__}: {error}"
+                self._background.submit(self._set_status, "failed", error=said)
         with contextlib.suppress(Exception):
             self.close()
 
@@ -203,10 +206,9 @@ class Keeper:
         self.writer.set_status(state, job=self._attempt, restarts=self._restarts, **details)
 
     def _check_that_it_is_ours(self) -> None:
-        assert self.writer is not None
         # A rank that was suspended and wakes up must not write into what others now train.
-        if open_run(self.writer.url).status().job != self._attempt:
-            raise RunError(f"another job goes on with {self.writer.url}: this one ends here")
+        if self._run.status().job != self._attempt:
+            raise RunError(f"another job goes on with {self._run.url}: this one ends here")
 
     def _look(self) -> None:
         assert self.writer is not None

@@ -40,7 +40,6 @@ from gan_lib.workers import (
     Place,
     Watch,
     ask,
-    restart_workers,
 )
 
 # How long the other ranks may take to notice that one has failed, and to end.
@@ -106,18 +105,25 @@ def start_ranks(
 class RankGroup:
     """Ranks that run together on a cluster, and fail together.
 
+    Args:
+        client: of the cluster.
+        futures: worker -> future, by rank, as `start_ranks` returns them.
+        watch: over the cluster's workers, if somebody keeps one already.
+
     Attributes:
         workers: addresses of their workers, by rank.
     """
 
-    def __init__(self, client: Client, futures: Mapping[str, Future]) -> None:
+    def __init__(
+        self, client: Client, futures: Mapping[str, Future], watch: Watch | None = None
+    ) -> None:
         self.workers = list(futures)
         self._client = client
         self._futures = list(futures.values())
         self._error: BaseException | None = None
         # What the ranks that have ended brought back, by rank.
         self._values: dict[int, Any] = {}
-        self._watch = Watch(client)
+        self._watch = watch or Watch(client)
         self._hanging: set[str] = set()
 
     def done(self) -> bool:
@@ -202,11 +208,8 @@ class RankGroup:
     def _gone(self) -> list[int]:
         # A task that is pinned to a worker waits for it for ever, also when it has died.
         alive = self._watch.alive()
-        hanging = set(self._watch.silent()) & set(self.workers) - self._hanging
-        if hanging:
-            # Its end is what lets the other ranks fail: they wait for what it will never send.
-            self._hanging |= hanging
-            restart_workers(self._client, hanging)
+        # The end of one that hangs lets the others fail: they wait for what it will never send.
+        self._hanging = self._watch.end_hanging(self.workers)
         return [
             rank
             for rank, worker in enumerate(self.workers)

@@ -189,6 +189,11 @@ class _Training:
         self.optimizer_d = torch.optim.Adam(self.d.parameters(), lr=p.lr_d, betas=betas)
         self.sample_latents = latent_vectors(p.n_samples, p.nz, stream_seed(p.seed, SAMPLES))
 
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Both, by name, without their DDP wrappers."""
+        return {"generator": unwrap(self.g), "discriminator": unwrap(self.d)}
+
     def _place(self, module: nn.Module) -> nn.Module:
         # channels_last is how the batches lie in memory, and what convolutions run fastest on.
         module = module.to(self.device, memory_format=torch.channels_last)
@@ -224,12 +229,9 @@ class _Training:
         Each rank's running statistics follow its own share of the images; their
         mean follows all of them, and keeps the replicas identical.
         """
-        if not self.ranks.distributed:
-            return
-        for module in (self.g, self.d):
-            for buffer in unwrap(module).buffers():
-                if buffer.is_floating_point():
-                    buffer.copy_(self.ranks.mean(buffer))
+        if self.ranks.distributed:
+            for _, buffer in self._statistics():
+                buffer.copy_(self.ranks.mean(buffer))
 
     def draw(self) -> np.ndarray:
         """The images of the run's own latent vectors: uint8, N x H x W x C."""
@@ -251,21 +253,19 @@ class _Training:
         mine = torch.stack([*losses, torch.full_like(losses[0], float(leave))])
         *means, wishes = self.ranks.mean(mine).tolist()
         steps = [dict(zip(LOSSES, values, strict=True)) for values in means]
-        for ago, step in enumerate(reversed(steps)):
-            step["iteration"] = self.iteration - ago
-        for step in steps:
-            for name in LOSSES:
-                if not math.isfinite(step[name]):
+        for iteration, step in enumerate(steps, self.iteration - len(steps) + 1):
+            for name, value in step.items():
+                if not math.isfinite(value):
                     raise DivergenceError(
-                        f"{name} is {step[name]} at iteration {step['iteration']} of epoch "
-                        f"{self.epoch + 1}: {_DIVERGED}"
+                        f"{name} is {value} at iteration {iteration} of epoch {self.epoch + 1}: "
+                        f"{_DIVERGED}"
                     )
         return steps, wishes[0] > 0
 
     def check_weights(self) -> None:
         """Raise DivergenceError if a weight is not finite: a finite loss may come before it."""
-        for network, module in (("generator", self.g), ("discriminator", self.d)):
-            for name, value in unwrap(module).state_dict().items():
+        for network, module in self.networks.items():
+            for name, value in module.state_dict().items():
                 if not torch.isfinite(value).all():
                     raise DivergenceError(
                         f"{name} of the {network} is no longer finite after iteration "
@@ -285,8 +285,7 @@ class _Training:
             "step": self.steps_done,
             "iteration": self.iteration,
             "parameters": self.parameters.to_dict(),
-            "generator": unwrap(self.g).state_dict(),
-            "discriminator": unwrap(self.d).state_dict(),
+            **{name: module.state_dict() for name, module in self.networks.items()},
             "optimizer_g": self.optimizer_g.state_dict(),
             "optimizer_d": self.optimizer_d.state_dict(),
             "statistics": self.ranks.gather({k: v.cpu() for k, v in own.items()}) if own else [],
@@ -297,8 +296,8 @@ class _Training:
         self.epoch = state["epoch"]
         self.steps_done = state.get("step", 0)
         self.iteration = state["iteration"]
-        unwrap(self.g).load_state_dict(state["generator"])
-        unwrap(self.d).load_state_dict(state["discriminator"])
+        for name, module in self.networks.items():
+            module.load_state_dict(state[name])
         self.optimizer_g.load_state_dict(state["optimizer_g"])
         self.optimizer_d.load_state_dict(state["optimizer_d"])
         by_rank = state.get("statistics", [])
@@ -308,8 +307,8 @@ class _Training:
             buffer.copy_(values[self.ranks.rank] if same else torch.stack(values).mean(0))
 
     def _statistics(self) -> Iterator[tuple[str, Tensor]]:
-        for network, module in (("generator", self.g), ("discriminator", self.d)):
-            for name, buffer in unwrap(module).named_buffers():
+        for network, module in self.networks.items():
+            for name, buffer in module.named_buffers():
                 if buffer.is_floating_point():
                     yield f"{network}.{name}", buffer
 
@@ -345,9 +344,6 @@ def _run_epochs(
                 asked = _end_epoch(training, keeper, records, leave)
             all_records += records
             records = []
-    checksum = weights_checksum(training.g, training.d)
-    if not training.steps_done:
-        ranks.require_equal("weights after training", checksum)
     return TrainingResult(
         rank=ranks.rank,
         world_size=ranks.world_size,
@@ -356,7 +352,7 @@ def _run_epochs(
         iterations=training.iteration - first_iteration,
         seconds=stopwatch.seconds(),
         images_per_second=stopwatch.rate(),
-        weights_sha256=checksum,
+        weights_sha256=weights_checksum(training.g, training.d),
         stopped=bool(asked) and training.epoch < p.epochs,
         asked=asked,
         run=None,
@@ -410,7 +406,7 @@ def _end_epoch(
     last = bool(asked) or training.epoch == p.epochs
     if last or training.epoch % p.checkpoint_every == 0:
         training.check_weights()
-        ranks.require_equal_weights({"generator": training.g, "discriminator": training.d})
+        ranks.require_equal_weights(training.networks)
     if keeper is not None:
         keeper.keep_epoch(training.epoch, records, training.draw, training.state, last)
     return asked

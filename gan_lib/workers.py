@@ -72,6 +72,7 @@ class Watch:
     def __init__(self, client: Client, patience: float = SECONDS_OF_SILENCE) -> None:
         self._client = client
         self._patience = patience
+        self._ended: set[str] = set()
         # By worker: when it was last seen, by the scheduler's clock, and since when that has not
         # changed, by ours, which stands still while a laptop sleeps.
         self._seen: dict[str, tuple[float, float]] = {}
@@ -93,9 +94,17 @@ class Watch:
         }
         return {worker: sign for worker, sign in signs.items() if not self._silent(worker)}
 
-    def silent(self) -> list[str]:
-        """Those that have been silent for too long, at the last look."""
-        return [worker for worker in self._seen if self._silent(worker)]
+    def end_hanging(self, workers: Iterable[str]) -> set[str]:
+        """Have those of these workers restarted that were silent for too long at the last look.
+
+        Returns:
+            The workers that this has been done to, now or before: it is done once.
+        """
+        hanging = {w for w in workers if w in self._seen and self._silent(w)} - self._ended
+        if hanging:
+            self._ended |= hanging
+            _restart(self._client, hanging)
+        return self._ended
 
     def _silent(self, worker: str) -> bool:
         return time.monotonic() - self._seen[worker][1] > self._patience
@@ -142,7 +151,7 @@ def ask(client: Client, question: Callable[[], _T], workers: Sequence[str] = ())
     )
 
 
-def restart_workers(client: Client, workers: Iterable[str]) -> None:
+def _restart(client: Client, workers: Iterable[str]) -> None:
     """End worker processes that hang; their nannies, where there are any, start them anew."""
     # Whatever cannot be restarted is left out from now on.
     with contextlib.suppress(Exception):
@@ -155,7 +164,8 @@ def restart_workers(client: Client, workers: Iterable[str]) -> None:
 def replace_lost_workers(client: Client) -> None:
     """Have a cluster that `start_cluster` made start again what it has lost for good."""
     cluster = client.cluster
-    if getattr(cluster, "made_by_gan_lib", False):
+    made_here = getattr(cluster, "made_by_gan_lib", False)
+    if made_here and set(cluster.worker_spec) - set(cluster.workers):
         # The same number as before: Dask then starts those that are missing.
         with contextlib.suppress(Exception):
             cluster.scale(len(cluster.worker_spec))

@@ -76,9 +76,10 @@ class Faults:
             wait_until(lambda: trains(job), name, job)
         self.seconds.setdefault(name, []).append(time.monotonic() - started)
 
-    def _victim(self) -> tuple[str, int]:
+    def _victim(self) -> int:
+        """The process of one of the ranks."""
         worker = self.rng.choice(self.job.workers)
-        return worker, self.client.run(os.getpid, workers=[worker])[worker]
+        return self.client.run(os.getpid, workers=[worker])[worker]
 
     def _until_it_trains_again(self, attempt: str) -> dict[str, Any]:
         """Wait for another attempt; what it says of where it goes on."""
@@ -93,10 +94,17 @@ class Faults:
         wait_until(lambda: last_epoch(run) > told["epoch"], "its first epoch", self.job)
         return told
 
+    def _kill_and_notice(self) -> str:
+        """Kill a worker and wait until the job knows; the name of the attempt that this ended."""
+        attempt, restarts = self.job.run.status().job, len(self.job.restarts)
+        os.kill(self._victim(), signal.SIGKILL)
+        wait_until(lambda: len(self.job.restarts) > restarts, "the kill is noticed", self.job)
+        return attempt
+
     def kill(self) -> None:
         run = self.job.run
         before, attempt = last_epoch(run), run.status().job
-        os.kill(self._victim()[1], signal.SIGKILL)
+        os.kill(self._victim(), signal.SIGKILL)
         told = self._until_it_trains_again(attempt)
         # One interval, and what was waiting to be written.
         assert told["epoch"] >= before - run.parameters.checkpoint_every - 2
@@ -110,9 +118,7 @@ class Faults:
 
     def kill_again(self) -> None:
         """Once more while the ranks of the next attempt are starting."""
-        attempt, restarts = self.job.run.status().job, len(self.job.restarts)
-        os.kill(self._victim()[1], signal.SIGKILL)
-        wait_until(lambda: len(self.job.restarts) > restarts, "the kill is noticed", self.job)
+        attempt = self._kill_and_notice()
         time.sleep(self.rng.uniform(0, 3))
         for pid in self.client.run(os.getpid).values():
             os.kill(pid, signal.SIGKILL)
@@ -120,7 +126,7 @@ class Faults:
 
     def suspend(self) -> None:
         attempt = self.job.run.status().job
-        os.kill(self._victim()[1], signal.SIGSTOP)
+        os.kill(self._victim(), signal.SIGSTOP)
         self._until_it_trains_again(attempt)
 
     def cut(self) -> None:
@@ -144,9 +150,7 @@ class Faults:
     def corrupt(self) -> None:
         run = self.job.run
         wait_until(lambda: len(run.epochs("checkpoints")) >= 2, "two checkpoints", self.job)
-        attempt, restarts = run.status().job, len(self.job.restarts)
-        os.kill(self._victim()[1], signal.SIGKILL)
-        wait_until(lambda: len(self.job.restarts) > restarts, "the kill is noticed", self.job)
+        attempt = self._kill_and_notice()
         newest = Checkpoints(Folder(run.url)).positions()[-1]
         path = f"{run.url}/{newest.path}"
         with fsspec.open(path, "rb") as file:
