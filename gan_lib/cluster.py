@@ -217,7 +217,11 @@ def _worker_environment(n_workers: int) -> dask.config.set:
                 "OMP_NUM_THREADS": str(max(1, CPU_COUNT // n_workers)),
                 # When a rank is lost, torch prints a page of C++ frames on each of the others.
                 "TORCH_CPP_LOG_LEVEL": "ERROR",
-            }
+            },
+            # Dask looks at what its tasks do 100 times a second, and at its event loop 50 times,
+            # in the process that is to train: a tenth of a core.
+            "distributed.worker.profile.enabled": False,
+            "distributed.admin.tick.interval": "500ms",
         }
     )
 

@@ -13,14 +13,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import fsspec
-from botocore.exceptions import NoCredentialsError
 from fsspec.implementations.local import LocalFileSystem
+from obstore.exceptions import BaseError
 from PIL import Image
 
 from gan_lib import manifest
 from gan_lib.downloading import fetched_folder
 from gan_lib.embedded import package_arrays
 from gan_lib.errors import SourceError
+from gan_lib.object_store import LIST_AT_ONCE, has_keys, is_s3, list_objects, open_bucket
 from gan_lib.storage import (
     absolute,
     is_remote,
@@ -31,8 +32,6 @@ from gan_lib.storage import (
 
 # How many files `check_source` opens before it trusts the rest of a folder.
 LOOK_AT = 20
-# Class folders listed at the same time: an object store lists 1,000 files per request.
-LIST_AT_ONCE = 16
 # An image file is smaller; an archive that lies next to the images is not read.
 LARGEST_FILE = 256 * 2**20
 # What a request may take, in seconds, before it is tried again. Without this, botocore waits
@@ -196,14 +195,8 @@ def _open_anew(source: Source) -> tuple[Source, fsspec.AbstractFileSystem, str]:
     fs, root = source.open()
     # Another call may have listed it before, and files come and go.
     fs.invalidate_cache()
-    if "s3" in fs.protocol and "anon" not in source.options:
-        try:
-            fs.ls(root)  # kept by the file system: who lists it next asks for nothing
-        except NoCredentialsError:
-            return _open_anew(replace(source, options={**source.options, "anon": True}))
-        # Whatever else is wrong, the listing itself says it.
-        except Exception:
-            pass
+    if is_s3(fs) and "anon" not in source.options and not has_keys(fs):
+        return _open_anew(replace(source, options={**source.options, "anon": True}))
     return source, fs, root
 
 
@@ -265,6 +258,26 @@ _File = tuple[str, int, str]
 
 
 def _find(source: Source, fs: fsspec.AbstractFileSystem, root: str) -> list[_File]:
+    found = _find_objects(fs, root) if is_s3(fs) else None
+    return _find_files(source, fs, root) if found is None else found
+
+
+def _find_objects(fs: fsspec.AbstractFileSystem, root: str) -> list[_File] | None:
+    """The objects of S3 below a root; None where s3fs is to look, or to say what is wrong."""
+    bucket, prefix, _ = fs.split_path(root)
+    store = open_bucket(fs, bucket)
+    if store is None:
+        return None
+    try:
+        return [
+            (info["path"][len(prefix) :].lstrip("/"), info["size"], _stamp({"ETag": info["e_tag"]}))
+            for info in list_objects(store, prefix)
+        ] or None
+    except (BaseError, OSError):
+        return None
+
+
+def _find_files(source: Source, fs: fsspec.AbstractFileSystem, root: str) -> list[_File]:
     top = fs.ls(root, detail=True)
     if [info["name"].rstrip("/") for info in top] == [root] and top[0]["type"] == "file":
         raise SourceError(f"the source {source} is a file, not a folder: name its folder")
@@ -273,15 +286,19 @@ def _find(source: Source, fs: fsspec.AbstractFileSystem, root: str) -> list[_Fil
     with ThreadPoolExecutor(LIST_AT_ONCE) as pool:
         for below in pool.map(lambda folder: fs.find(folder, detail=True), folders):
             found |= below
-    files = []
-    for path, info in found.items():
-        # An object whose name ends with a slash marks a folder.
-        if info["type"] == "file" and not path.endswith("/"):
-            stamp = next((str(info[name]) for name in _STAMPS if info.get(name)), "")
-            files.append((path[len(root) + 1 :], info["size"] or 0, stamp))
-    if not files and not folders:
+    if not found and not folders:
         raise not_there(source)
-    return files
+    return [
+        (path[len(root) + 1 :], info["size"] or 0, _stamp(info))
+        for path, info in found.items()
+        # An object whose name ends with a slash marks a folder.
+        if info["type"] == "file" and not path.endswith("/")
+    ]
+
+
+def _stamp(info: Mapping[str, Any]) -> str:
+    """What tells one version of a file from another."""
+    return next((str(info[name]).strip('"') for name in _STAMPS if info.get(name)), "")
 
 
 def _walk(source: Source, root: str) -> tuple[list[_File], list[tuple[str, str]]]:

@@ -35,12 +35,12 @@ from gan_lib.listing import Listing, Source, find_source, list_files
 from gan_lib.storage import Folder, local_cache
 
 # Raised when other pixels come out of the same files: what was prepared before is not opened.
-FORMAT = 2
+FORMAT = 3
 INDEX = "index.json"
 # A source is cut into so many shards, for as many workers and for going on where it stopped ...
 SHARDS = 64
 # ... but a shard is never so small that it is all overhead, nor so large that it fills a worker.
-SMALLEST_SHARD, LARGEST_SHARD_BYTES = 32, 64 * 2**20
+SMALLEST_SHARD, LARGEST_SHARD_BYTES = 64, 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,10 @@ def _make_shard(work: Work, folder: Folder, n_threads: int) -> dict[str, Any]:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         fetched = fetch_files(work.source, [f"{work.root}/{p}" for p in work.paths], work.sizes)
         decode = partial(_decode, work)
-        decoded = in_order(pool, decode, fetched, _boxes(work), ahead=2 * n_threads)
+        if n_threads == 1:  # here, without handing each file over to a thread and back
+            decoded = map(decode, fetched, _boxes(work))
+        else:
+            decoded = in_order(pool, decode, fetched, _boxes(work), ahead=2 * n_threads)
         for path, result in zip(work.paths, decoded, strict=True):
             if isinstance(result, str):
                 skipped.append((path, result))
@@ -257,8 +260,8 @@ def write_index(
         ],
     }
     # A folder with an index is whole, also after a loss of power.
-    for shard in index["shards"]:
-        folder.flush(shard["file"])
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(folder.flush, [shard["file"] for shard in index["shards"]]))
     folder.write(INDEX, json.dumps(index, indent=1).encode())
     return index
 

@@ -15,7 +15,7 @@ import pytest
 from fault_proxy import FaultProxy, fault_proxy
 from test_shards import make_folder
 
-from gan_lib import fetching
+from gan_lib import fetching, object_store
 from gan_lib.errors import SourceError
 from gan_lib.images import SkippedFilesWarning, prepare_images
 
@@ -31,7 +31,7 @@ def proxy(s3: str) -> Iterator[FaultProxy]:
 @pytest.fixture
 def dogs(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
     """A prefix of the bucket, and the folder that it is a copy of."""
-    monkeypatch.setattr(fetching, "SECONDS_OF_SILENCE", 2)
+    monkeypatch.setattr(object_store, "SECONDS_OF_SILENCE", 2)
     folder = make_folder(tmp_path / "dogs", ["a", "b"], 20)
     for name in "ab":
         for path in sorted((folder / name).iterdir()):
