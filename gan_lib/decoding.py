@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np

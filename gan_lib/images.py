@@ -35,6 +35,7 @@ from gan_lib.shards import (
     make_shard,
     open_shards,
     read_index,
+    shard_info,
     write_index,
 )
 from gan_lib.storage import Folder, absolute, file_exists, prepared_cache, refuse_credentials
@@ -273,8 +274,11 @@ def _on_workers(client: Client, works: Sequence[Work], folder: Folder) -> Any:
     futures = client.map(make_shard, works, [folder.url] * len(works), key=keys, pure=False)
     by_key = {future.key: work for future, work in zip(futures, works, strict=True)}
     try:
-        for future, info in as_completed(futures, with_results=True):
-            yield by_key[future.key], info
+        for future in as_completed(futures):
+            work = by_key[future.key]
+            # The shard's own file says as much as the task's result, which would come through
+            # three event loops.
+            yield work, shard_info(folder, work) or future.result()
     finally:
         client.cancel(futures)
 

@@ -18,6 +18,9 @@ from s3fs import S3FileSystem
 from gan_lib.errors import ClusterError
 
 SECONDS_TO_START = 30
+# It shares the cores with those that read from it. By default rclone sums up each file that it
+# serves (MD5) and reads ahead in a goroutine of its own: half of its work for a photograph.
+_LEAN = ("--no-checksum", "--buffer-size", "0")
 
 
 @contextlib.contextmanager
@@ -47,7 +50,7 @@ def serve_s3(folder: str | os.PathLike[str], anonymous: bool = False) -> Iterato
     # Not on the command line, which everybody on this machine may read.
     keys = {} if anonymous else {"RCLONE_AUTH_KEY": f'"{access_key},{secret_key}"'}
     server = subprocess.Popen(
-        [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", folder],
+        [rclone, "serve", "s3", *_LEAN, "--addr", f"127.0.0.1:{port}", folder],
         env={**os.environ, "RCLONE_CONFIG": os.devnull, **keys},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -135,18 +135,28 @@ def make_shard(work: Work, url: str, n_threads: int = 1) -> dict[str, Any] | Sou
             return error
 
 
-def finished_shard(folder: Folder, work: Work) -> dict[str, Any] | None:
-    """The content of a shard's .json, if the shard is complete and undamaged."""
+def shard_info(folder: Folder, work: Work) -> dict[str, Any] | None:
+    """The content of a shard's .json; None if the shard is not done."""
     try:
-        info = json.loads(folder.read(f"{work.name}.json"))
-        if folder.is_local:
-            # A loss of power may have taken what was not yet on the disk.
-            found = hashlib.sha256(folder.read(f"{work.name}.npy")).hexdigest()
-            return info if found == info["sha256"] else None
+        return json.loads(folder.read(f"{work.name}.json"))
     except (FileNotFoundError, ValueError):
         return None
-    # An object store keeps an object whole, and reading it may cross a network.
-    return info if folder.size(f"{work.name}.npy") == info["bytes"] else None
+
+
+def finished_shard(folder: Folder, work: Work) -> dict[str, Any] | None:
+    """The content of a shard's .json, if the shard is complete and undamaged."""
+    info = shard_info(folder, work)
+    if info is None:
+        return None
+    if not folder.is_local:
+        # An object store keeps an object whole, and reading it may cross a network.
+        return info if folder.size(f"{work.name}.npy") == info["bytes"] else None
+    try:
+        # A loss of power may have taken what was not yet on the disk.
+        found = hashlib.sha256(folder.read(f"{work.name}.npy")).hexdigest()
+    except FileNotFoundError:
+        return None
+    return info if found == info["sha256"] else None
 
 
 def _make_shard(work: Work, folder: Folder, n_threads: int) -> dict[str, Any]:

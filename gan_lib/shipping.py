@@ -7,6 +7,7 @@ that join later.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import pkgutil
@@ -21,6 +22,7 @@ from gan_lib.manifest import manifest_text
 from gan_lib.workers import ask
 
 
+@functools.cache
 def package_checksum() -> str:
     """SHA-256 of the package's own source and manifest: equal where the code is equal."""
     digest = hashlib.sha256(manifest_text().encode())
