@@ -9,6 +9,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
+# What photographs come as. Pillow reads more, among them EPS, by running Ghostscript on it.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF")
 # A JPEG is decoded at no less than so many times the wanted size.
 LEAST_REDUCTION = 1.25
 # left, upper, right, lower, in pixels of the file
@@ -36,21 +38,21 @@ def decode_image(
     """
     if not data:
         raise ValueError("the file is empty")
-    plain = _decode_plain_jpeg(data, image_size, crop, box)
-    if plain is not None:
-        return _shrink(*plain, image_size, channels)
-    with Image.open(io.BytesIO(data)) as image:
+    reduced = _decode_jpeg(data, image_size, crop, box)
+    if reduced is not None:
+        return _shrink(*reduced, image_size, channels)
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
         region = _region(width, height, crop, box)
         reduction = _reduction(region, image_size)
         image.draft("RGB", (width // reduction, height // reduction))
-        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 2**63):
+        if _too_many(image.width * image.height):
             raise ValueError(f"{width} x {height} pixels are too many to decode safely")
         image.load()
         return _shrink(image, _scaled(region, width, height, image), image_size, channels)
 
 
-def _decode_plain_jpeg(
+def _decode_jpeg(
     data: bytes, image_size: int, crop: str, box: Box | None
 ) -> tuple[Image.Image, Box] | None:
     """The pixels of a common JPEG and the region of them that is kept; None for any other file.
@@ -58,11 +60,11 @@ def _decode_plain_jpeg(
     simplejpeg and Pillow call the same libjpeg-turbo and give the same pixels, but
     Pillow's way there takes a third more time.
     """
-    if not _is_plain_jpeg(data):
+    if data[:2] != b"\xff\xd8":
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours not in ("YCbCr", "Gray") or width * height > (Image.MAX_IMAGE_PIXELS or 2**63):
+        if colours not in ("YCbCr", "Gray") or _too_many(width * height):
             return None
         region = _region(width, height, crop, box)
         reduction = _reduction(region, image_size)
@@ -73,20 +75,23 @@ def _decode_plain_jpeg(
     except ValueError:
         return None
     image = Image.fromarray(pixels)
+    if _may_be_turned(data):
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            image.info = opened.info
     return image, _scaled(region, width, height, image)
 
 
-def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether this is a JPEG without EXIF and XMP, which may say that it is to be turned."""
-    if data[:2] != b"\xff\xd8":
-        return False
-    # Segments follow each other, each with its length, up to the first scan (DA).
+def _may_be_turned(data: bytes) -> bool:
+    """Whether a JPEG has EXIF or XMP: a segment APP1 (E1) before the first scan (DA)."""
     at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
-        if data[at + 1] == 0xE1:  # APP1 holds EXIF or XMP
-            return False
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] not in (0xE1, 0xDA):
         at += 2 + int.from_bytes(data[at + 2 : at + 4])
-    return data[at : at + 2] == b"\xff\xda"
+    return data[at : at + 2] != b"\xff\xda"
+
+
+def _too_many(pixels: int) -> bool:
+    """Whether an image is so large that it may be made to fill the memory."""
+    return pixels > (Image.MAX_IMAGE_PIXELS or 2**63)
 
 
 def _reduction(region: Box, image_size: int) -> int:

@@ -18,6 +18,7 @@ from obstore.exceptions import BaseError
 from PIL import Image
 
 from gan_lib import manifest
+from gan_lib.decoding import FORMATS
 from gan_lib.downloading import fetched_folder
 from gan_lib.embedded import package_arrays
 from gan_lib.errors import SourceError
@@ -37,6 +38,9 @@ LARGEST_FILE = 256 * 2**20
 # What a request may take, in seconds, before it is tried again. Without this, botocore waits
 # for a minute, five times.
 _S3_PATIENCE = {"connect_timeout": 5, "read_timeout": 15}
+# Folders whose files were not put there by a person, beside those that begin with a dot: macOS
+# and Synology keep data of their own in them, thumbnails among them.
+_NOT_MEANT = ("__MACOSX", "@eaDir")
 # What different file systems call the version of a file.
 _STAMPS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "updated", "mtime")
 
@@ -144,6 +148,10 @@ def list_files(source: Source) -> Listing:
             files, skipped = _walk(source, root)
         else:
             files, skipped = _find(source, fs, root), []
+    hidden = {_hidden_folder(path) for path, _, _ in files} - {""}
+    if hidden:
+        skipped += [(folder, "a hidden folder") for folder in hidden]
+        files = [file for file in files if not _hidden_folder(file[0])]
     if not files and not skipped:
         raise SourceError(f"the folder {source} is empty: put class folders of images into it")
     files.sort()
@@ -337,9 +345,22 @@ def _walk(source: Source, root: str) -> tuple[list[_File], list[tuple[str, str]]
                 skipped.append((path, "neither a file nor a folder"))
             elif entry.is_symlink() and not _leads_elsewhere(entry.path, whole, followed):
                 skipped.append((path, "a link to a folder that is read already, or in a circle"))
+            elif _is_hidden(entry.name):
+                skipped.append((path, "a hidden folder"))
             elif os.path.realpath(entry.path) != cache:
                 waiting.append(path)
     return files, skipped
+
+
+def _is_hidden(folder: str) -> bool:
+    return folder.startswith(".") or folder in _NOT_MEANT
+
+
+def _hidden_folder(path: str) -> str:
+    """The hidden folder that a file lies in; empty if it lies in none."""
+    folders = path.split("/")[:-1]
+    n = next((i for i, folder in enumerate(folders, 1) if _is_hidden(folder)), 0)
+    return "/".join(folders[:n])
 
 
 def _leads_elsewhere(link: str, whole: str, followed: set[str]) -> bool:
@@ -356,7 +377,7 @@ def _leads_elsewhere(link: str, whole: str, followed: set[str]) -> bool:
 
 def _opens(path: str) -> bool:
     try:
-        with Image.open(path):
+        with Image.open(path, formats=FORMATS):
             return True
     # Pillow's plugins raise nearly anything on damaged files.
     except Exception:

@@ -20,11 +20,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from gan_lib import manifest
 from gan_lib.decoding import Box, decode_image, read_boxes
@@ -87,6 +86,8 @@ def cut_into_shards(
     image_bytes = image_size * image_size * channels
     per_shard = max(SMALLEST_SHARD, -(-n // SHARDS))
     per_shard = max(1, min(per_shard, LARGEST_SHARD_BYTES // image_bytes))
+    # As even as they can be: who makes the last one should not be waited for.
+    starts = np.linspace(0, n, -(-n // per_shard) + 1).round().astype(int).tolist()
     boxes: list[tuple[str, int]] = [("", 0)] * n
     if annotations is not None:
         by_image = {
@@ -95,8 +96,8 @@ def cut_into_shards(
         }
         boxes = [by_image.get(os.path.splitext(path)[0], ("", 0)) for path in files.paths]
     works = []
-    for number, start in enumerate(range(0, n, per_shard)):
-        part = slice(start, start + per_shard)
+    for number, (start, stop) in enumerate(pairwise(starts)):
+        part = slice(start, stop)
         work = Work(
             number, files.source, files.root, files.paths[part], files.sizes[part],
             image_size, channels, crop,
@@ -165,8 +166,8 @@ def _make_shard(work: Work, folder: Folder, n_threads: int) -> dict[str, Any]:
     kept: list[str] = []
     skipped: list[tuple[str, str]] = []
     with ThreadPoolExecutor(n_threads) as pool, warnings.catch_warnings():
-        # Too many pixels are a reason to skip a file, see `decode_image`; Pillow warns before.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # What is wrong with a file is the reason why it is skipped, or does not matter here.
+        warnings.filterwarnings("ignore", module="PIL")
         fetched = fetch_files(work.source, [f"{work.root}/{p}" for p in work.paths], work.sizes)
         decode = partial(_decode, work)
         if n_threads == 1:  # here, without handing each file over to a thread and back

@@ -32,16 +32,27 @@ def red(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
     return Image.new("RGB", size, RED).convert(mode)
 
 
-def bomb() -> bytes:
-    """A PNG that says of itself that it has 50,000 x 50,000 pixels."""
+def png(width: int, height: int, bits: int, data: bytes) -> bytes:
+    """An RGB PNG of that size, whatever its data are."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         checked = kind + data
         return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
 
-    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-    data = chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    image = chunk(b"IDAT", zlib.compress(data))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + image + chunk(b"IEND", b"")
+
+
+def bomb() -> bytes:
+    """A PNG that says of itself that it has 50,000 x 50,000 pixels."""
+    return png(50_000, 50_000, 8, b"\0" * 1000)
+
+
+def sixteen_bits() -> bytes:
+    """Red, with two bytes for each of its values."""
+    row = b"\0" + struct.pack(">HHH", *(257 * value for value in RED)) * 40
+    return png(40, 30, 16, row * 30)
 
 
 def transparent() -> Image.Image:
@@ -84,6 +95,9 @@ ALL_RED = {
     "palette.png": encoded(red("P"), "PNG"),
     "opaque alpha.png": encoded(red("RGBA"), "PNG"),
     "cmyk.jpg": encoded(red("CMYK"), "JPEG", quality=95),
+    "progressive.jpg": encoded(red(), "JPEG", quality=95, progressive=True),
+    "fill bytes.jpg": JPEG[:2] + b"\xff\xff\xff" + JPEG[2:],
+    "sixteen bits.png": sixteen_bits(),
     "animated.gif": encoded(red(), "GIF", **ANIMATION),
     "animated.webp": encoded(red(), "WEBP", lossless=True, **ANIMATION),
     "still.webp": encoded(red(), "WEBP", quality=95),
@@ -106,6 +120,8 @@ UNUSABLE = {
     "Thumbs.db": (b"\xd0\xcf\x11\xe0" * 100, "not an image"),
     "._plain.jpg": (b"\0\5\x16\7" + b"\0" * 100, "not an image"),
     "notes.xml": (b"<annotation/>", "not an image"),
+    # Pillow would have Ghostscript run it.
+    "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     "more.zip": (b"PK\3\4" + b"\0" * 50, "not an image"),
     "bomb.png": (bomb(), "pixels"),
 }
@@ -167,7 +183,7 @@ def test_each_file_of_a_dirty_folder(folder: Path, tmp_path: Path) -> None:
     (folder / "red" / "nowhere.jpg").symlink_to("gone.jpg")
     (folder / "red" / "circle").symlink_to(folder)
     os.mkfifo(folder / "red" / "pipe.jpg")
-    with pytest.warns(SkippedFilesWarning, match=f"of {len(ALL_RED) + 25} files skipped"):
+    with pytest.warns(SkippedFilesWarning, match=f"of {len(ALL_RED) + 26} files skipped"):
         images = prepare_images(str(folder), SIZE, cache=str(tmp_path / "cache"))
     check(images)
     found = reasons(images)
@@ -193,6 +209,25 @@ def test_the_same_folder_on_s3(folder: Path, s3: str, tmp_path: Path) -> None:
     assert set(found) == set(UNUSABLE)
     for name, (_, why) in UNUSABLE.items():
         assert why in found[name].lower(), name
+
+
+HIDDEN = (".git", "red/.ipynb_checkpoints", "__MACOSX", "red/@eaDir")
+
+
+def test_hidden_folders_are_no_classes(tmp_path: Path, s3: str) -> None:
+    root = tmp_path / "dogs"
+    for folder in (*HIDDEN, "red"):
+        (root / folder / "deeper").mkdir(parents=True)
+        (root / folder / "deeper" / "a.jpg").write_bytes(JPEG)
+    place = f"{s3}/{tmp_path.name}"
+    fsspec.filesystem("s3").put(f"{root}/", f"{place}/", recursive=True)
+    for source in (str(root), place):
+        with pytest.warns(SkippedFilesWarning, match="4 x a hidden folder"):
+            images = prepare_images(source, SIZE, cache=str(tmp_path / "cache"))
+        assert images.images_per_class() == {"deeper": 1}
+        assert {url.split(f"{source}/")[-1] for url, _ in images.skipped} == set(HIDDEN)
+    # A folder that lies in a hidden one is no worse for it.
+    assert len(prepare_images(str(root / ".git"), SIZE, cache=str(tmp_path / "cache"))) == 1
 
 
 def test_where_nothing_is_left_it_says_what_there_was(folder: Path, tmp_path: Path) -> None:

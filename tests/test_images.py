@@ -4,17 +4,22 @@ import pickle
 import socket
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
+from obstore.store import MemoryStore
 from PIL import Image
 
-from gan_lib import embedded, manifest
+from gan_lib import decoding, embedded, listing, manifest
 from gan_lib.decoding import decode_image
 from gan_lib.errors import SourceError
 from gan_lib.images import prepare_images
 from gan_lib.listing import check_source
+from gan_lib.object_store import list_objects
 from gan_lib.practice import make_photographs
 from gan_lib.s3_server import serve_s3
+
+BOX = (60.0, 50.0, 260.0, 310.0)
 
 
 def save(path: Path, pixels: np.ndarray | Image.Image, **options: object) -> None:
@@ -93,6 +98,19 @@ def test_photographs_are_turned_upright(tmp_path: Path) -> None:
     assert pixels[:, 0].mean() > 200 > 50 > pixels[:, -1].mean()
 
 
+@pytest.mark.parametrize("size", [16, 64, 200])
+@pytest.mark.parametrize("crop", ["center", "squash", "box"])
+def test_pillow_decodes_a_jpeg_to_the_same_pixels(
+    size: int, crop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photographs = sorted(make_photographs(tmp_path, n=20, dirt=False).rglob("*.jpg"))
+    files = [path.read_bytes() for path in photographs]
+    assert all(decoding._decode_jpeg(data, size, crop, BOX) for data in files)
+    quick = [decode_image(data, size, 3, crop, BOX) for data in files]
+    monkeypatch.setattr(decoding, "_decode_jpeg", lambda *_: None)
+    np.testing.assert_array_equal(quick, [decode_image(data, size, 3, crop, BOX) for data in files])
+
+
 def test_colour_modes_mean_the_same(tmp_path: Path) -> None:
     grey = gradient(32, 32)
     expected = decode_image(_bytes(tmp_path, Image.fromarray(grey), "png"), 16, 1).astype(int)
@@ -148,13 +166,31 @@ def test_missing_and_empty_sources_are_named(call: object, tmp_path: Path) -> No
 
 
 def test_images_from_s3(folder: Path, s3: str) -> None:
-    import fsspec
-
     fs = fsspec.filesystem("s3")
     fs.put(f"{folder}/", f"{s3}/dogs/", recursive=True)
     there, here = prepare_images(f"{s3}/dogs", 16), prepare_images(str(folder), 16)
     assert there.classes == here.classes
     np.testing.assert_array_equal(there.pixels, here.pixels)
+
+
+def test_s3_lists_the_same_through_obstore_and_s3fs(
+    folder: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "a.txt").write_text("beside the class folders")
+    place = f"{s3}/listed-{folder.parent.name}"
+    fsspec.filesystem("s3").put(f"{folder}/", f"{place}/", recursive=True)
+    quick = listing.list_files(listing.find_source(place))
+    assert set(quick.paths) == {"a.txt", "beagle/a.png", "beagle/b.jpg", "spaniel/ü 犬 🐕.png"}
+    monkeypatch.setattr(listing, "_find_objects", lambda *_: None)
+    assert listing.list_files(listing.find_source(place)) == quick
+
+
+def test_objects_that_mark_folders_are_no_files() -> None:
+    store = MemoryStore()
+    for path in ("dogs", "dogs/a", "dogs/a/b", "dogs/a/b/1.jpg", "dogs/c/2.jpg", "dogs/a/empty"):
+        store.put(path, b"pixels" if path.endswith("jpg") else b"")
+    found = {info["path"] for info in list_objects(store, "dogs")}
+    assert found == {"dogs/a/b/1.jpg", "dogs/c/2.jpg", "dogs/a/empty"}
 
 
 def test_what_s3_does_not_have(folder: Path, s3: str) -> None:

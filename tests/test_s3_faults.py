@@ -58,6 +58,18 @@ def test_what_passes_loses_nothing(
     np.testing.assert_array_equal(there.pixels, prepare_images(str(folder), 16).pixels)
 
 
+@pytest.mark.parametrize("fault", ["500", "503", "cut", "reset"])
+def test_a_listing_that_fails_is_tried_again(
+    fault: str, proxy: FaultProxy, dogs: tuple[str, Path], tmp_path: Path
+) -> None:
+    place, _ = dogs
+    # What is asked for is the bucket, not an object.
+    proxy.faults = {"bucket": fault, "": fault}
+    there = prepare_images(place, 16, storage_options=options(proxy), cache=str(tmp_path / "cache"))
+    assert proxy.seen["bucket"] + proxy.seen[""] > proxy.times
+    assert there.images_per_class() == {"a": 20, "b": 20}
+
+
 def test_without_faults_each_object_is_asked_for_once(
     proxy: FaultProxy, dogs: tuple[str, Path], tmp_path: Path
 ) -> None:
