@@ -4,11 +4,13 @@
     python benchmarks/data_path.py --many 200000
 
 The first command serves the photographs in FOLDER (class folders; without it, 720
-drawn ones) through an S3 server on this machine and measures, in turn, in one run:
-one pass of dask-pytorch-ddp's S3ImageFolder and of a folder read through fsspec, each
-in a DataLoader with two worker processes; a cold preparation on one and on two Dask
-workers; and batches of what was prepared. The second prepares so many small files,
-and a quarter of them, and shows time and memory.
+drawn ones) through an S3 server on this machine. In each round it measures, one
+after the other: one pass of dask-pytorch-ddp's S3ImageFolder and one of a folder read
+through fsspec, each in a DataLoader with two worker processes, in a process of its
+own; a cold preparation on one and on two Dask workers; opening what is prepared; and
+batches of it. A ratio is the median of those of the rounds, because a machine's speed
+changes from minute to minute. The second command prepares so many small files, and a
+quarter of them, and shows time and memory.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import os
 import resource
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -32,6 +36,7 @@ from distributed import Client
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
+from tqdm import tqdm
 
 from gan_lib.batches import Batches
 from gan_lib.cluster import close_cluster, start_cluster
@@ -42,6 +47,8 @@ from gan_lib.s3_server import serve_s3
 
 IMAGE_SIZE = 64
 BATCH_SIZE = 64
+BUCKET, PREFIX = "bucket", "Images"
+URL = f"s3://{BUCKET}/{PREFIX}"
 # Passes over the prepared images: one takes some milliseconds.
 PASSES = 200
 TRANSFORM = transforms.Compose(
@@ -71,22 +78,36 @@ class FsspecFolder(Dataset):
             return TRANSFORM(Image.open(file).convert("RGB")), 0
 
 
-def one_pass(dataset: Dataset) -> float:
+ONE_PASS = {
+    "S3ImageFolder": lambda: S3ImageFolder(BUCKET, f"{PREFIX}/", transform=TRANSFORM),
+    "fsspec folder": lambda: FsspecFolder(URL),
+}
+
+
+def one_pass(name: str) -> float:
     """Images per second of one pass of a DataLoader with two worker processes."""
+    dataset = ONE_PASS[name]()
     loader = DataLoader(dataset, BATCH_SIZE, num_workers=2)
     started = time.perf_counter()
     n = sum(len(images) for images, _ in loader)
     return n / (time.perf_counter() - started)
 
 
-def preparation(url: str, client: Client) -> tuple[float, ImageSet]:
-    """Images per second of a cold preparation, and what was prepared."""
-    with tempfile.TemporaryDirectory() as cache:
+def alone(name: str) -> float:
+    """`one_pass` in a process of its own: a DataLoader forks, which does not go with a cluster."""
+    command = [sys.executable, __file__, "--one-pass", name]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def preparation(url: str, client: Client, cache: str) -> float:
+    """Images per second of a cold preparation: the median of three, of which the last stays."""
+    rates = []
+    for _ in range(3):
+        shutil.rmtree(cache, ignore_errors=True)
         started = time.perf_counter()
-        images = prepare_images(url, IMAGE_SIZE, client=client, cache=cache)
-        seconds = time.perf_counter() - started
-        in_memory = ImageSet(np.asarray(images.pixels), images.labels, images.classes)
-    return len(images) / seconds, in_memory
+        images = prepare_images(url, IMAGE_SIZE, client=client, cache=cache, progress=False)
+        rates.append(len(images) / (time.perf_counter() - started))
+    return statistics.median(rates)
 
 
 def batches(images: ImageSet) -> tuple[float, float]:
@@ -105,47 +126,48 @@ def batches(images: ImageSet) -> tuple[float, float]:
 
 def compare(photographs: Path, repeats: int) -> None:
     """Print each way's images/s, and its ratio to S3ImageFolder."""
-    with tempfile.TemporaryDirectory() as store, serve_s3(store):
+    with (
+        tempfile.TemporaryDirectory() as store,
+        serve_s3(store),
+        start_cluster(1, device="cpu") as one,
+        start_cluster(2, device="cpu") as two,
+    ):
         # S3ImageFolder takes whatever lies under its prefix for an image.
         shutil.copytree(
             photographs,
-            Path(store, "bucket", "Images"),
+            Path(store, BUCKET, PREFIX),
             ignore=lambda folder, names: [
                 name for name in names if Path(folder, name).is_file() and name[-4:] != ".jpg"
             ],
         )
-        url = "s3://bucket/Images"
-        rates: dict[str, list[float]] = {}
-
-        def measured(name: str, rate: float) -> None:
-            rates.setdefault(name, []).append(rate)
-
-        # Before there is a cluster: a DataLoader forks, and a fork and threads do not go together.
-        for _ in range(repeats):
-            of_folder = S3ImageFolder("bucket", "Images/", transform=TRANSFORM)
-            measured("S3ImageFolder, DataLoader with 2 processes", one_pass(of_folder))
-            measured("fsspec folder, DataLoader with 2 processes", one_pass(FsspecFolder(url)))
-        for workers in (1, 2):
-            client = start_cluster(workers, device="cpu")
-            try:
-                # The first task of a worker imports what all others use; of eight, each gets some.
-                prepare_images(
-                    url, 16, client=client, max_images=256, cache=f"{store}/warm{workers}"
-                )
-                for _ in range(repeats):
-                    rate, images = preparation(url, client)
-                    measured(f"cold preparation, Dask workers: {workers}", rate)
-            finally:
-                close_cluster(client)
-        for _ in range(repeats):
+        cache = f"{store}/cache"
+        # The first task of a worker imports what all others use.
+        for client in (one, two):
+            preparation(URL, client, cache)
+        rounds = []
+        for _ in tqdm(range(repeats), "rounds"):
+            rates = {f"{name}, DataLoader with 2 processes": alone(name) for name in ONE_PASS}
+            rates["cold preparation, 1 Dask worker"] = preparation(URL, one, cache)
+            rates["cold preparation, 2 Dask workers"] = preparation(URL, two, cache)
+            started = time.perf_counter()
+            images = prepare_images(URL, IMAGE_SIZE, cache=cache)
+            again = time.perf_counter() - started
             gathered, normalised = batches(images)
-            measured("batches of prepared images, uint8", gathered)
-            measured("batches of prepared images, normalised", normalised)
-    print(f"{len(images)} photographs, {IMAGE_SIZE} x {IMAGE_SIZE}, median of {repeats}")
-    base = statistics.median(rates["S3ImageFolder, DataLoader with 2 processes"])
-    for name, found in rates.items():
-        rate = statistics.median(found)
-        print(f"  {name:44} {rate:12,.0f} images/s  {rate / base:8,.1f} x")
+            rates["batches of prepared images, uint8"] = gathered
+            rates["batches of prepared images, normalised"] = normalised
+            rounds.append(rates)
+        for client in (one, two):
+            close_cluster(client)
+    print(f"{len(images)} photographs, {IMAGE_SIZE} x {IMAGE_SIZE}, median of {repeats} rounds")
+    base = next(iter(rounds[0]))
+    for name in rounds[0]:
+        rate = statistics.median(rates[name] for rates in rounds)
+        ratios = sorted(rates[name] / rates[base] for rates in rounds)
+        print(
+            f"  {name:44} {rate:12,.0f} images/s  {statistics.median(ratios):8,.1f} x "
+            f"({ratios[0]:,.1f} to {ratios[-1]:,.1f})"
+        )
+    print(f"  the same call again opens them in {1000 * again:.0f} ms, listing the source included")
 
 
 def many(n: int) -> None:
@@ -195,8 +217,12 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", help="class folders of JPEG photographs")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--many", type=int, default=0, metavar="N", help="prepare N small files")
+    parser.add_argument("--one-pass", choices=ONE_PASS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.one_pass:
+        print(one_pass(options.one_pass))
+        return
     if options.many:
         many(options.many)
         return
