@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 # Requests at the same time, per process: a store answers after some 20 ms, and one core
 # decodes 500 to 1,000 photographs a second.
 IN_FLIGHT = 32
-# The memory that files may take which are read and not yet decoded.
+# The memory that files may take which are read and not yet used.
 WAITING_BYTES = 64 * 2**20
 # Seconds before a request is tried again, give or take a half: together they outlast a store
 # that asks for slowing down, and a network that is gone for a moment.
@@ -34,26 +34,36 @@ _POOL = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="fetching")
 
 
 def fetch_files(
-    source: Source, paths: Sequence[str], sizes: Sequence[int]
-) -> Iterator[bytes | str]:
-    """Read files; while one is used, the next ones are on their way.
+    source: Source,
+    paths: Sequence[str],
+    sizes: Sequence[int],
+    use: Callable[[bytes, int], _T] = lambda data, _: data,  # type: ignore[assignment,return-value]
+) -> Iterator[_T | str]:
+    """Read files, many at a time, and make something of each.
 
     Args:
         source: says how to read them.
         paths: as its file system names them.
         sizes: in bytes, of each.
+        use: is given the bytes of a file and its place in `paths`, in the thread that
+            read it; without it, the bytes are the result.
 
     Returns:
-        For each path, in order: the bytes of the file, or the reason why it has none.
+        For each path, in order: what `use` returned, or the reason why there are no bytes.
 
     Raises:
         SourceError: if the source as a whole can no longer be read.
     """
     fs, root = source.open()
     read = _reader(fs)
-    ahead = max(1, min(IN_FLIGHT, WAITING_BYTES // max([1, *sizes])))
+
+    def read_and_use(path: str, size: int, place: int) -> _T | Exception:
+        found = read(path, size)
+        return found if isinstance(found, Exception) else use(found, place)
+
     read_any = False
-    for result in in_order(_POOL, read, paths, sizes, ahead=ahead):
+    ahead = max(1, min(IN_FLIGHT, WAITING_BYTES // max([1, *sizes])))
+    for result in _in_order(read_and_use, paths, sizes, ahead):
         if isinstance(result, Exception):
             # Is it this file, or everything? A key that has expired cannot list either.
             if not (read_any and isinstance(result, FileNotFoundError)):
@@ -64,16 +74,16 @@ def fetch_files(
             yield result
 
 
-def in_order(
-    pool: ThreadPoolExecutor, function: Callable[..., _T], *arguments: Iterable[Any], ahead: int
+def _in_order(
+    function: Callable[[str, int, int], _T], paths: Sequence[str], sizes: Sequence[int], ahead: int
 ) -> Iterator[_T]:
-    """As `pool.map`, with at most `ahead` calls begun whose results are not yet taken."""
+    """As `_POOL.map`, with at most `ahead` calls begun whose results are not yet taken."""
     begun: deque[Future[_T]] = deque()
     try:
-        for values in zip(*arguments, strict=True):
+        for place, (path, size) in enumerate(zip(paths, sizes, strict=True)):
             if len(begun) == ahead:
                 yield begun.popleft().result()
-            begun.append(pool.submit(function, *values))
+            begun.append(_POOL.submit(function, path, size, place))
         while begun:
             yield begun.popleft().result()
     finally:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import uuid
 import warnings
@@ -258,7 +257,7 @@ def _make_shards(
 
 def _here(works: Sequence[Work], folder: Folder) -> Any:
     for work in works:
-        yield work, make_shard(work, folder.url, n_threads=os.cpu_count() or 1)
+        yield work, make_shard(work, folder.url)
 
 
 def _on_workers(client: Client, works: Sequence[Work], folder: Folder) -> Any:

@@ -19,8 +19,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby, pairwise
+from threading import BoundedSemaphore
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from gan_lib import manifest
 from gan_lib.decoding import Box, decode_image, read_boxes
 from gan_lib.downloading import fetched_folder
 from gan_lib.errors import SourceError
-from gan_lib.fetching import fetch_files, in_order
+from gan_lib.fetching import fetch_files
 from gan_lib.listing import Listing, Source, find_source, list_files
 from gan_lib.storage import Folder, local_cache
 
@@ -40,6 +40,10 @@ INDEX = "index.json"
 SHARDS = 64
 # ... but a shard is never so small that it is all overhead, nor so large that it fills a worker.
 SMALLEST_SHARD, LARGEST_SHARD_BYTES = 64, 64 * 2**20
+
+# Images decoded at the same time, per process: more than there are cores would take no less
+# time, and 100 MB more for each large photograph.
+_DECODERS = BoundedSemaphore(os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -113,13 +117,12 @@ def cut_into_shards(
     return works
 
 
-def make_shard(work: Work, url: str, n_threads: int = 1) -> dict[str, Any] | SourceError:
+def make_shard(work: Work, url: str) -> dict[str, Any] | SourceError:
     """Read, decode and store one shard, unless it is there already.
 
     Args:
         work: what to read.
         url: the folder of the preparation.
-        n_threads: that decode.
 
     Returns:
         The content of the shard's .json; or the error, if the source can no longer be
@@ -131,7 +134,7 @@ def make_shard(work: Work, url: str, n_threads: int = 1) -> dict[str, Any] | Sou
         if done is not None:
             return done
         try:
-            return _make_shard(work, folder, n_threads)
+            return _make_shard(work, folder)
         except SourceError as error:
             return error
 
@@ -160,20 +163,21 @@ def finished_shard(folder: Folder, work: Work) -> dict[str, Any] | None:
     return info if found == info["sha256"] else None
 
 
-def _make_shard(work: Work, folder: Folder, n_threads: int) -> dict[str, Any]:
+def _make_shard(work: Work, folder: Folder) -> dict[str, Any]:
     shape = (len(work.paths), work.image_size, work.image_size, work.channels)
     pixels = np.empty(shape, np.uint8)
     kept: list[str] = []
     skipped: list[tuple[str, str]] = []
-    with ThreadPoolExecutor(n_threads) as pool, warnings.catch_warnings():
+    boxes = _boxes(work)
+    with warnings.catch_warnings():
         # What is wrong with a file is the reason why it is skipped, or does not matter here.
         warnings.filterwarnings("ignore", module="PIL")
-        fetched = fetch_files(work.source, [f"{work.root}/{p}" for p in work.paths], work.sizes)
-        decode = partial(_decode, work)
-        if n_threads == 1:  # here, without handing each file over to a thread and back
-            decoded = map(decode, fetched, _boxes(work))
-        else:
-            decoded = in_order(pool, decode, fetched, _boxes(work), ahead=2 * n_threads)
+        decoded = fetch_files(
+            work.source,
+            [f"{work.root}/{path}" for path in work.paths],
+            work.sizes,
+            lambda data, place: _decode(work, data, boxes[place]),
+        )
         for path, result in zip(work.paths, decoded, strict=True):
             if isinstance(result, str):
                 skipped.append((path, result))
@@ -217,13 +221,11 @@ def _boxes(work: Work) -> Sequence[Box | str | None]:
     return [found.get(i, "no annotated box") for i in range(len(work.paths))]
 
 
-def _decode(work: Work, data: bytes | str, box: Box | str | None) -> np.ndarray | str:
-    if isinstance(data, str):
-        return data
+def _decode(work: Work, data: bytes, box: Box | str | None) -> np.ndarray | str:
+    known = None if isinstance(box, str) else box
     try:
-        pixels = decode_image(
-            data, work.image_size, work.channels, work.crop, None if isinstance(box, str) else box
-        )
+        with _DECODERS:
+            pixels = decode_image(data, work.image_size, work.channels, work.crop, known)
     # Pillow's plugins raise nearly anything on damaged files (SyntaxError and
     # struct.error among them); one bad file must not end the preparation.
     except Exception as error:

@@ -93,11 +93,11 @@ def test_an_interrupted_preparation_goes_on(
     made = []
     original = images_module.make_shard
 
-    def only_two(work: object, url: str, n_threads: int = 1) -> object:
+    def only_two(work: object, url: str) -> object:
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(work)
-        return original(work, url, n_threads)  # type: ignore[arg-type]
+        return original(work, url)  # type: ignore[arg-type]
 
     monkeypatch.setattr(images_module, "make_shard", only_two)
     with pytest.raises(KeyboardInterrupt):
