@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import os
 import pkgutil
 import tempfile
@@ -20,6 +21,14 @@ import gan_lib
 from gan_lib.errors import ClusterError
 from gan_lib.manifest import manifest_text
 from gan_lib.workers import ask
+
+# What preparing and training import, beside Dask and what Python brings itself.
+_NEEDED = ("torch", "numpy", "PIL", "simplejpeg", "fsspec", "s3fs", "obstore", "pandas", "tqdm")
+
+
+def missing_packages() -> list[str]:
+    """What this process would need to prepare images and to train, and could not import."""
+    return [name for name in _NEEDED if importlib.util.find_spec(name) is None]
 
 
 @functools.cache
@@ -43,10 +52,24 @@ def ship_package(client: Client) -> None:
     """Make this very gan_lib importable on the scheduler and on all workers, now and later.
 
     Raises:
-        ClusterError: if some of them keep another version.
+        ClusterError: if some of them keep another version, or a worker has no torch, say.
     """
-    if _all_have_package(client):
-        return
+    if not _all_have_package(client):
+        _upload(client)
+        if not _all_have_package(client):
+            raise ClusterError(
+                "the cluster runs another version of gan_lib: restart its workers, "
+                "or install this version there"
+            )
+    for worker, names in ask(client, lambda: client.run(missing_packages)).items():
+        if names:
+            raise ClusterError(
+                f"the worker {worker} cannot import {', '.join(names)}: install what "
+                "requirements.lock names where the workers run, and start them again"
+            )
+
+
+def _upload(client: Client) -> None:
     with tempfile.TemporaryDirectory() as folder:
         archive = os.path.join(folder, f"gan_lib_{package_checksum()[:8]}.zip")
         with zipfile.ZipFile(archive, "w") as file:
@@ -54,11 +77,6 @@ def ship_package(client: Client) -> None:
                 file.writestr(f"gan_lib/{name}.py", _module_source(name))
             file.writestr("gan_lib/data_manifest.json", manifest_text())
         client.upload_file(archive)
-    if not _all_have_package(client):
-        raise ClusterError(
-            "the cluster runs another version of gan_lib: restart its workers, "
-            "or install this version there"
-        )
 
 
 def _all_have_package(client: Client) -> bool:

@@ -255,6 +255,14 @@ def test_a_cluster_without_gan_lib_gets_it(tiny: TrainingParameters, tmp_path: P
             assert set(plain.run(eval, code).values()) == {True}
         client = connect(address)
         try:
+            client.run(
+                exec, "import sys; sys.modules['simplejpeg'] = None"
+            )  # as if it were missing
+            with pytest.raises(
+                ClusterError, match=r"cannot import simplejpeg: .*requirements\.lock"
+            ):
+                launch(client, tiny, run=str(tmp_path / "none"))
+            client.run(exec, "import sys; del sys.modules['simplejpeg']")
             job = launch(client, tiny.replace(epochs=1), run=str(tmp_path / "run"))
             assert len(job.result(timeout=120)) == 2
             origins = set(client.run(eval, "__import__('gan_lib').__file__").values())
