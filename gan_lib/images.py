@@ -13,7 +13,8 @@ import re
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,8 @@ from gan_lib.storage import Folder, absolute, file_exists, prepared_cache, refus
 if TYPE_CHECKING:
     from distributed import Client
 
+# The shards as they are done, each with what `make_shard` returned.
+_Made = Generator[tuple[Work, dict[str, Any] | SourceError], None, None]
 # A source of which a larger part is no image is hardly the one that was meant.
 MUCH = 0.1
 
@@ -246,21 +249,24 @@ def _make_shards(
                 done[work.number] = info
                 bar.update(len(work.paths))
         missing = [work for work in works if work.number not in done]
-        made = _on_workers(client, missing, folder) if client else _here(missing, folder)
-        for work, info in made:
-            if isinstance(info, SourceError):
-                raise info
-            done[work.number] = info
-            bar.update(len(work.paths))
+        # Closed at once where it fails: the workers need not go on.
+        with closing(
+            _on_workers(client, missing, folder) if client else _here(missing, folder)
+        ) as made:
+            for work, info in made:
+                if isinstance(info, SourceError):
+                    raise info
+                done[work.number] = info
+                bar.update(len(work.paths))
     return [done[work.number] for work in works]
 
 
-def _here(works: Sequence[Work], folder: Folder) -> Any:
+def _here(works: Sequence[Work], folder: Folder) -> _Made:
     for work in works:
         yield work, make_shard(work, folder.url)
 
 
-def _on_workers(client: Client, works: Sequence[Work], folder: Folder) -> Any:
+def _on_workers(client: Client, works: Sequence[Work], folder: Folder) -> _Made:
     from distributed import as_completed
 
     from gan_lib.shipping import ship_package

@@ -19,7 +19,7 @@ from gan_lib.errors import ClusterError
 
 SECONDS_TO_START = 30
 # It shares the cores with those that read from it. By default rclone sums up each file that it
-# serves (MD5) and reads ahead in a goroutine of its own: half of its work for a photograph.
+# serves (MD5) and reads ahead in a goroutine of its own: a third of its work for a photograph.
 _LEAN = ("--no-checksum", "--buffer-size", "0")
 
 

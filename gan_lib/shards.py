@@ -133,6 +133,8 @@ def make_shard(work: Work, url: str) -> dict[str, Any] | SourceError:
         done = finished_shard(folder, work)
         if done is not None:
             return done
+        # What says "done" of a damaged shard is not to be believed while it is made again.
+        folder.remove(f"{work.name}.json")
         try:
             return _make_shard(work, folder)
         except SourceError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,10 +12,11 @@ from urllib.parse import urlsplit
 import fsspec
 import numpy as np
 import pytest
+from distributed import Client
 from fault_proxy import FaultProxy, fault_proxy
 from test_shards import make_folder
 
-from gan_lib import fetching, object_store
+from gan_lib import fetching, images, object_store
 from gan_lib.errors import SourceError
 from gan_lib.images import SkippedFilesWarning, prepare_images
 
@@ -39,6 +40,18 @@ def dogs(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str,
     place = f"{s3}/faults-{time.time_ns()}"
     fsspec.filesystem("s3").put(f"{folder}/", f"{place}/", recursive=True)
     return place, folder
+
+
+def after_listing(patch: pytest.MonkeyPatch, then: Callable[[], object]) -> None:
+    """Something happens between the listing of a source and the reading of its files."""
+    original = images.list_files
+
+    def list_then(source: Any) -> Any:
+        files = original(source)
+        then()
+        return files
+
+    patch.setattr(images, "list_files", list_then)
 
 
 def options(proxy: FaultProxy) -> dict[str, Any]:
@@ -80,17 +93,8 @@ def test_without_faults_each_object_is_asked_for_once(
 def test_an_object_that_vanishes_is_skipped(
     proxy: FaultProxy, dogs: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gan_lib import images
-
     place, _ = dogs
-    original = images.list_files
-
-    def list_then_lose(source: Any) -> Any:
-        files = original(source)
-        fsspec.filesystem("s3").rm(f"{place}/a/a005.png")
-        return files
-
-    monkeypatch.setattr(images, "list_files", list_then_lose)
+    after_listing(monkeypatch, lambda: fsspec.filesystem("s3").rm(f"{place}/a/a005.png"))
     found = prepare_images(place, 16, storage_options=options(proxy), cache=str(tmp_path / "cache"))
     assert len(found) == 39
     assert [(url.rsplit("/", 1)[1], why) for url, why in found.skipped] == [
@@ -104,16 +108,7 @@ def test_keys_that_expire_end_it_in_one_sentence(
     place, folder = dogs
     cache = str(tmp_path / "cache")
     with monkeypatch.context() as patch:
-        from gan_lib import images
-
-        original = images.list_files
-
-        def list_then_expire(source: Any) -> Any:
-            files = original(source)
-            proxy.faults = {"*": "expired"}
-            return files
-
-        patch.setattr(images, "list_files", list_then_expire)
+        after_listing(patch, lambda: proxy.faults.update({"*": "expired"}))
         with pytest.raises(SourceError, match=r"faults-.*cannot be read.*may have exp") as caught:
             prepare_images(place, 16, storage_options=options(proxy), cache=cache)
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in str(caught.value)
@@ -123,20 +118,32 @@ def test_keys_that_expire_end_it_in_one_sentence(
     np.testing.assert_array_equal(there.pixels, prepare_images(str(folder), 16).pixels)
 
 
+def test_a_damaged_shard_is_not_taken_for_done(
+    proxy: FaultProxy,
+    dogs: tuple[str, Path],
+    tmp_path: Path,
+    client: Client,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def prepare() -> images.ImageSet:
+        cache = str(tmp_path / "cache")
+        return prepare_images(
+            dogs[0], 16, storage_options=options(proxy), cache=cache, client=client
+        )
+
+    whole = prepare()
+    Path(whole.prepared, "shard_0000.npy").write_bytes(b"damaged")
+    # It would have to be made again, and that fails.
+    after_listing(monkeypatch, lambda: proxy.faults.update({"*": "expired"}))
+    with pytest.raises(SourceError, match="cannot be read"):
+        prepare()
+
+
 def test_a_network_that_is_lost_for_good_is_named(
     proxy: FaultProxy, dogs: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gan_lib import images
-
     monkeypatch.setattr(fetching, "PAUSES", (0.1, 0.1))
-    original = images.list_files
-
-    def list_then_cut(source: Any) -> Any:
-        files = original(source)
-        proxy.close()
-        return files
-
-    monkeypatch.setattr(images, "list_files", list_then_cut)
+    after_listing(monkeypatch, proxy.close)
     with pytest.raises(SourceError, match="check the address, the network"):
         prepare_images(dogs[0], 16, storage_options=options(proxy), cache=str(tmp_path / "cache"))
 
