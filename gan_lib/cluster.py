@@ -219,7 +219,7 @@ def _worker_environment(n_workers: int) -> dask.config.set:
                 "TORCH_CPP_LOG_LEVEL": "ERROR",
             },
             # Dask looks at what its tasks do 100 times a second, and at its event loop 50 times,
-            # in the process that is to train: a tenth of a core.
+            # in the process that is to train: 3 % of a core, and half a per cent without.
             "distributed.worker.profile.enabled": False,
             "distributed.admin.tick.interval": "500ms",
         }
