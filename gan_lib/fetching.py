@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from gan_lib.object_store import is_s3, leave_to_s3fs, open_bucket
 
 _T = TypeVar("_T")
 
-# Requests at the same time, per process: a store answers after some 20 ms, and one core
+# Requests to a store at the same time, per process: a store answers after some 20 ms, and one core
 # decodes 500 to 1,000 photographs a second.
 IN_FLIGHT = 32
 # The memory that files may take which are read and not yet used.
@@ -62,7 +63,9 @@ def fetch_files(
         return found if isinstance(found, Exception) else use(found, place)
 
     read_any = False
-    ahead = max(1, min(IN_FLIGHT, WAITING_BYTES // max([1, *sizes])))
+    # A disk answers at once: threads beyond the cores would only wait for each other.
+    at_once = (os.cpu_count() or 1) if isinstance(fs, LocalFileSystem) else IN_FLIGHT
+    ahead = max(1, min(at_once, WAITING_BYTES // max([1, *sizes])))
     for result in _in_order(read_and_use, paths, sizes, ahead):
         if isinstance(result, Exception):
             # Is it this file, or everything? A key that has expired cannot list either.
