@@ -122,13 +122,13 @@ def test_a_damaged_shard_is_not_taken_for_done(
     proxy: FaultProxy,
     dogs: tuple[str, Path],
     tmp_path: Path,
-    client: Client,
+    own_client: Client,  # whose workers inherit the keys of the server
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def prepare() -> images.ImageSet:
         cache = str(tmp_path / "cache")
         return prepare_images(
-            dogs[0], 16, storage_options=options(proxy), cache=cache, client=client
+            dogs[0], 16, storage_options=options(proxy), cache=cache, client=own_client
         )
 
     whole = prepare()
