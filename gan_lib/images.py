@@ -268,6 +268,7 @@ def _here(works: Sequence[Work], folder: Folder) -> _Made:
 
 def _on_workers(client: Client, works: Sequence[Work], folder: Folder) -> _Made:
     from distributed import as_completed
+    from distributed.comm import get_address_host
 
     from gan_lib.shipping import ship_package
 
@@ -276,7 +277,13 @@ def _on_workers(client: Client, works: Sequence[Work], folder: Folder) -> _Made:
     ship_package(client)
     _check_that_workers_reach(client, folder)
     keys = [f"prepare-{work.name}-{uuid.uuid4().hex}" for work in works]
-    futures = client.map(make_shard, works, [folder.url] * len(works), key=keys, pure=False)
+    on_host: Counter[str] = Counter()
+    for address, n_threads in client.nthreads().items():
+        on_host[get_address_host(address)] += n_threads
+    sharing = max(on_host.values(), default=1)
+    futures = client.map(
+        make_shard, works, url=folder.url, sharing=sharing, key=keys, pure=False
+    )
     by_key = {future.key: work for future, work in zip(futures, works, strict=True)}
     try:
         for future in as_completed(futures):

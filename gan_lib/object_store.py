@@ -96,8 +96,9 @@ def _open(fs: Any, bucket: str) -> S3Store:
 
     def credentials() -> dict[str, Any]:
         found = _frozen_keys(fs)
-        # Those of a role expire; s3fs renews them when it is asked again.
-        soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=5)
+        # Those of a role expire; s3fs renews them when it is asked again. obstore asks when
+        # less than 5 minutes are left, and lets all requests wait meanwhile.
+        soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=10)
         return {
             "access_key_id": found.access_key,
             "secret_access_key": found.secret_key,

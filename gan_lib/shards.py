@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
-from threading import BoundedSemaphore
 from typing import Any
 
 import numpy as np
@@ -40,10 +39,6 @@ INDEX = "index.json"
 SHARDS = 64
 # ... but a shard is never so small that it is all overhead, nor so large that it fills a worker.
 SMALLEST_SHARD, LARGEST_SHARD_BYTES = 64, 64 * 2**20
-
-# Images decoded at the same time, per process: more than there are cores would take no less
-# time, and 100 MB more for each large photograph.
-_DECODERS = BoundedSemaphore(os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -117,12 +112,13 @@ def cut_into_shards(
     return works
 
 
-def make_shard(work: Work, url: str) -> dict[str, Any] | SourceError:
+def make_shard(work: Work, url: str, sharing: int = 1) -> dict[str, Any] | SourceError:
     """Read, decode and store one shard, unless it is there already.
 
     Args:
         work: what to read.
         url: the folder of the preparation.
+        sharing: how many make shards on this machine at the same time, and share its cores.
 
     Returns:
         The content of the shard's .json; or the error, if the source can no longer be
@@ -136,7 +132,7 @@ def make_shard(work: Work, url: str) -> dict[str, Any] | SourceError:
         # What says "done" of a damaged shard is not to be believed while it is made again.
         folder.remove(f"{work.name}.json")
         try:
-            return _make_shard(work, folder)
+            return _make_shard(work, folder, sharing)
         except SourceError as error:
             return error
 
@@ -165,7 +161,7 @@ def finished_shard(folder: Folder, work: Work) -> dict[str, Any] | None:
     return info if found == info["sha256"] else None
 
 
-def _make_shard(work: Work, folder: Folder) -> dict[str, Any]:
+def _make_shard(work: Work, folder: Folder, sharing: int) -> dict[str, Any]:
     shape = (len(work.paths), work.image_size, work.image_size, work.channels)
     pixels = np.empty(shape, np.uint8)
     kept: list[str] = []
@@ -179,6 +175,9 @@ def _make_shard(work: Work, folder: Folder) -> dict[str, Any]:
             [f"{work.root}/{path}" for path in work.paths],
             work.sizes,
             lambda data, place: _decode(work, data, boxes[place]),
+            # More than there are cores would take no less time, and 100 MB more for each
+            # large photograph.
+            threads=max(1, (os.cpu_count() or 1) // sharing),
         )
         for path, result in zip(work.paths, decoded, strict=True):
             if isinstance(result, str):
@@ -226,8 +225,7 @@ def _boxes(work: Work) -> Sequence[Box | str | None]:
 def _decode(work: Work, data: bytes, box: Box | str | None) -> np.ndarray | str:
     known = None if isinstance(box, str) else box
     try:
-        with _DECODERS:
-            pixels = decode_image(data, work.image_size, work.channels, work.crop, known)
+        pixels = decode_image(data, work.image_size, work.channels, work.crop, known)
     # Pillow's plugins raise nearly anything on damaged files (SyntaxError and
     # struct.error among them); one bad file must not end the preparation.
     except Exception as error:
