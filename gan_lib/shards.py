@@ -38,7 +38,7 @@ INDEX = "index.json"
 # A source is cut into so many shards, for as many workers and for going on where it stopped ...
 SHARDS = 64
 # ... but a shard is never so small that it is all overhead, nor so large that it fills a worker.
-SMALLEST_SHARD, LARGEST_SHARD_BYTES = 64, 64 * 2**20
+SMALLEST_SHARD, LARGEST_SHARD_BYTES = 128, 64 * 2**20
 
 
 @dataclass(frozen=True)
