@@ -122,7 +122,7 @@ def _shrink(image: Image.Image, region: Box, image_size: int, channels: int) -> 
     whole = _without_alpha(_to_eight_bits(image))
     mode = "L" if channels == 1 else "RGB"
     whole = whole if whole.mode == mode else whole.convert(mode)  # which would copy it
-    small = whole.resize((image_size, image_size), Image.Resampling.BICUBIC, box=region)
+    small = whole.resize((image_size, image_size), Image.Resampling.BILINEAR, box=region)
     # A square is as well turned after it has been made small.
     upright = ImageOps.exif_transpose(small)
     return np.asarray(upright).reshape(image_size, image_size, channels)
