@@ -215,6 +215,8 @@ def _worker_environment(n_workers: int) -> dask.config.set:
                 "MALLOC_MMAP_THRESHOLD_": _KEEP_MEMORY,
                 # Ranks share the cores: torch would start a thread per core in each of them.
                 "OMP_NUM_THREADS": str(max(1, CPU_COUNT // n_workers)),
+                # One thread of obstore waits for all requests; two also wake each other.
+                "TOKIO_WORKER_THREADS": "1",
                 # When a rank is lost, torch prints a page of C++ frames on each of the others.
                 "TORCH_CPP_LOG_LEVEL": "ERROR",
             },

@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 # decodes 500 to 2,000 photographs a second.
 IN_FLIGHT = 32
 # Files that are asked for and not yet used: so many, or as many as fit into so much memory.
-AHEAD, AHEAD_BYTES = 2 * IN_FLIGHT, 64 * 2**20
+AHEAD, AHEAD_BYTES = 4 * IN_FLIGHT, 64 * 2**20
 # Seconds before a request is tried again, give or take a half: together they outlast a store
 # that asks for slowing down, and a network that is gone for a moment.
 PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)

@@ -281,9 +281,7 @@ def _on_workers(client: Client, works: Sequence[Work], folder: Folder) -> _Made:
     for address, n_threads in client.nthreads().items():
         on_host[get_address_host(address)] += n_threads
     sharing = max(on_host.values(), default=1)
-    futures = client.map(
-        make_shard, works, url=folder.url, sharing=sharing, key=keys, pure=False
-    )
+    futures = client.map(make_shard, works, url=folder.url, sharing=sharing, key=keys, pure=False)
     by_key = {future.key: work for future, work in zip(futures, works, strict=True)}
     try:
         for future in as_completed(futures):

@@ -98,7 +98,7 @@ class Listing:
 
     def class_of(self, path: str) -> str:
         """The name of the folder that a file lies in."""
-        return os.path.basename(os.path.dirname(f"{self.root}/{path}"))
+        return _folder(path).rstrip("/").rpartition("/")[2] or os.path.basename(self.root)
 
     def chosen(self, indices: list[int]) -> Listing:
         """Only some of the files."""
@@ -148,10 +148,10 @@ def list_files(source: Source) -> Listing:
             files, skipped = _walk(source, root)
         else:
             files, skipped = _find(source, fs, root), []
-    hidden = {_hidden_folder(path) for path, _, _ in files} - {""}
-    if hidden:
-        skipped += [(folder, "a hidden folder") for folder in hidden]
-        files = [file for file in files if not _hidden_folder(file[0])]
+    hidden = {folder: _hidden_part(folder) for folder in {_folder(path) for path, _, _ in files}}
+    if any(hidden.values()):
+        skipped += [(folder, "a hidden folder") for folder in set(hidden.values()) - {""}]
+        files = [file for file in files if not hidden[_folder(file[0])]]
     if not files and not skipped:
         raise SourceError(f"the folder {source} is empty: put class folders of images into it")
     files.sort()
@@ -278,7 +278,11 @@ def _find_objects(fs: fsspec.AbstractFileSystem, root: str) -> list[_File] | Non
         return None
     try:
         return [
-            (info["path"][len(prefix) :].lstrip("/"), info["size"], _stamp({"ETag": info["e_tag"]}))
+            (
+                info["path"][len(prefix) :].lstrip("/"),
+                info["size"],
+                (info["e_tag"] or "").strip('"'),
+            )
             for info in list_objects(store, prefix)
         ] or None
     except (BaseError, OSError):
@@ -356,9 +360,13 @@ def _is_hidden(folder: str) -> bool:
     return folder.startswith(".") or folder in _NOT_MEANT
 
 
-def _hidden_folder(path: str) -> str:
-    """The hidden folder that a file lies in; empty if it lies in none."""
-    folders = path.split("/")[:-1]
+def _folder(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _hidden_part(folder: str) -> str:
+    """The hidden folder that a folder is or lies in; empty if there is none."""
+    folders = folder.split("/")
     n = next((i for i, folder in enumerate(folders, 1) if _is_hidden(folder)), 0)
     return "/".join(folders[:n])
 

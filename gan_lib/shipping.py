@@ -26,11 +26,6 @@ from gan_lib.workers import ask
 _NEEDED = ("torch", "numpy", "PIL", "simplejpeg", "fsspec", "s3fs", "obstore", "pandas", "tqdm")
 
 
-def missing_packages() -> list[str]:
-    """What this process would need to prepare images and to train, and could not import."""
-    return [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-
-
 @functools.cache
 def package_checksum() -> str:
     """SHA-256 of the package's own source and manifest: equal where the code is equal."""
@@ -38,6 +33,12 @@ def package_checksum() -> str:
     for name in _module_names():
         digest.update(_module_source(name))
     return digest.hexdigest()
+
+
+def package_state() -> tuple[str, list[str]]:
+    """The checksum, and what this process would need to prepare and train, and could not import."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    return package_checksum(), missing
 
 
 def _module_names() -> list[str]:
@@ -54,14 +55,16 @@ def ship_package(client: Client) -> None:
     Raises:
         ClusterError: if some of them keep another version, or a worker has no torch, say.
     """
-    if not _all_have_package(client):
+    missing = _missing_packages(client)
+    if missing is None:
         _upload(client)
-        if not _all_have_package(client):
-            raise ClusterError(
-                "the cluster runs another version of gan_lib: restart its workers, "
-                "or install this version there"
-            )
-    for worker, names in ask(client, lambda: client.run(missing_packages)).items():
+        missing = _missing_packages(client)
+    if missing is None:
+        raise ClusterError(
+            "the cluster runs another version of gan_lib: restart its workers, "
+            "or install this version there"
+        )
+    for worker, names in missing.items():
         if names:
             raise ClusterError(
                 f"the worker {worker} cannot import {', '.join(names)}: install what "
@@ -79,12 +82,15 @@ def _upload(client: Client) -> None:
         client.upload_file(archive)
 
 
-def _all_have_package(client: Client) -> bool:
+def _missing_packages(client: Client) -> dict[str, list[str]] | None:
+    """What each worker lacks; None if not all of the cluster has this very gan_lib."""
     mine = package_checksum()
-    # Where gan_lib is missing, the function itself cannot be loaded.
-    found = list(ask(client, lambda: client.run(package_checksum, on_error="return")).values())
+    # Where gan_lib is missing, the function itself cannot be loaded, and the answer is the error.
+    states = ask(client, lambda: client.run(package_state, on_error="return"))
+    if any(isinstance(state, Exception) or state[0] != mine for state in states.values()):
+        return None
     try:
-        found.append(client.run_on_scheduler(package_checksum))
+        scheduler = client.run_on_scheduler(package_checksum)
     except ImportError:
-        return False
-    return all(checksum == mine for checksum in found)
+        return None
+    return {worker: names for worker, (_, names) in states.items()} if scheduler == mine else None
