@@ -32,13 +32,16 @@ from gan_lib.fetching import fetch_files
 from gan_lib.listing import Listing, Source, find_source, list_files
 from gan_lib.storage import Folder, local_cache
 
-# Raised when other pixels come out of the same files: what was prepared before is not opened.
-FORMAT = 3
+# Raised when other pixels come out of the same files, or other shards: what was prepared before
+# is not opened.
+FORMAT = 4
 INDEX = "index.json"
 # A source is cut into so many shards, for as many workers and for going on where it stopped ...
 SHARDS = 64
-# ... but a shard is never so small that it is all overhead, nor so large that it fills a worker.
-SMALLEST_SHARD, LARGEST_SHARD_BYTES = 128, 64 * 2**20
+# ... but a shard is never so small that it is all overhead (in bytes of files, of which each
+# costs as much as so many bytes more), nor so large that it fills a worker (in bytes of pixels).
+SMALLEST_SHARD, COST_OF_FILE = 6 * 2**20, 8 * 2**10
+LARGEST_SHARD = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,10 @@ def cut_into_shards(
 ) -> list[Work]:
     """The work that makes the shards of these files; the same for the same files."""
     n = len(files.paths)
-    image_bytes = image_size * image_size * channels
-    per_shard = max(SMALLEST_SHARD, -(-n // SHARDS))
-    per_shard = max(1, min(per_shard, LARGEST_SHARD_BYTES // image_bytes))
+    n_shards = min(SHARDS, -(-(sum(files.sizes) + n * COST_OF_FILE) // SMALLEST_SHARD))
+    n_shards = max(n_shards, -(-n * image_size * image_size * channels // LARGEST_SHARD))
     # As even as they can be: who makes the last one should not be waited for.
-    starts = np.linspace(0, n, -(-n // per_shard) + 1).round().astype(int).tolist()
+    starts = np.linspace(0, n, min(n, n_shards) + 1).round().astype(int).tolist()
     boxes: list[tuple[str, int]] = [("", 0)] * n
     if annotations is not None:
         by_image = {

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -45,7 +46,7 @@ def make_folder(folder: Path, classes: Sequence[str] = ("a", "b", "c"), n: int =
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four shards of the 120 images of `make_folder`."""
-    monkeypatch.setattr(shards, "SMALLEST_SHARD", 32)
+    monkeypatch.setattr(shards, "SMALLEST_SHARD", 32 * shards.COST_OF_FILE)
 
 
 @pytest.fixture
@@ -181,6 +182,9 @@ def test_shards_do_not_depend_on_who_makes_them(tmp_path: Path) -> None:
     assert [path for work in works for path in work.paths] == list(files.paths)
     # As even as can be: 150 files in shards of at most 32.
     assert [len(work.paths) for work in works] == [30] * 5
+    # A hundred photographs straight from a camera are work for many.
+    large = replace(files.chosen(list(range(100))), sizes=(4 * 2**20,) * 100)
+    assert {len(work.paths) for work in cut_into_shards(large, 16, 3, "center")} == {1, 2}
 
 
 def test_sharded_pixels_are_indexed_like_an_array() -> None:
@@ -211,7 +215,7 @@ def test_boxes(tmp_path: Path, cache: str) -> None:
         found = prepare_images(str(tmp_path / "Images"), 16, crop="box", cache=cache)
     assert len(found) == 1
     # The resize looks a little beyond the edge of the box.
-    assert found.pixels[0].min() > 200
+    assert found.pixels[0].min() > 190
     reasons = {Path(url).name: why for url, why in found.skipped}
     assert reasons["no-box.png"] == "no annotated box"
     assert "annotation cannot be read" in reasons["bad-box.png"]
