@@ -17,6 +17,7 @@ from test_shards import make_folder
 from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from uploading import upload
 
 from gan_lib.cluster import launch
 from gan_lib.datasets import dataset_images
@@ -102,7 +103,7 @@ def on_s3(tmp_path: Path, s3: str) -> tuple[str, Path]:
     """A prefix of the bucket "bucket", and the folder that it is a copy of."""
     folder = make_folder(tmp_path / "dogs", ["a", "b"], 16)
     prefix = f"{tmp_path.name}/dogs"
-    fsspec.filesystem("s3").put(f"{folder}/", f"{s3}/{prefix}/", recursive=True)
+    upload(folder, f"{s3}/{prefix}")
     return f"{prefix}/", folder
 
 

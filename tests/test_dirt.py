@@ -13,6 +13,7 @@ import fsspec
 import numpy as np
 import pytest
 from PIL import Image
+from uploading import upload
 
 from gan_lib.decoding import decode_image
 from gan_lib.errors import ParameterError, SourceError
@@ -220,7 +221,7 @@ def test_hidden_folders_are_no_classes(tmp_path: Path, s3: str) -> None:
         (root / folder / "deeper").mkdir(parents=True)
         (root / folder / "deeper" / "a.jpg").write_bytes(JPEG)
     place = f"{s3}/{tmp_path.name}"
-    fsspec.filesystem("s3").put(f"{root}/", f"{place}/", recursive=True)
+    upload(root, place)
     for source in (str(root), place):
         with pytest.warns(SkippedFilesWarning, match="4 x a hidden folder"):
             images = prepare_images(source, SIZE, cache=str(tmp_path / "cache"))

@@ -4,11 +4,11 @@ import pickle
 import socket
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 from obstore.store import MemoryStore
 from PIL import Image
+from uploading import upload
 
 from gan_lib import decoding, embedded, listing, manifest
 from gan_lib.decoding import decode_image
@@ -166,8 +166,7 @@ def test_missing_and_empty_sources_are_named(call: object, tmp_path: Path) -> No
 
 
 def test_images_from_s3(folder: Path, s3: str) -> None:
-    fs = fsspec.filesystem("s3")
-    fs.put(f"{folder}/", f"{s3}/dogs/", recursive=True)
+    upload(folder, f"{s3}/dogs")
     there, here = prepare_images(f"{s3}/dogs", 16), prepare_images(str(folder), 16)
     assert there.classes == here.classes
     np.testing.assert_array_equal(there.pixels, here.pixels)
@@ -178,7 +177,7 @@ def test_s3_lists_the_same_through_obstore_and_s3fs(
 ) -> None:
     (folder / "a.txt").write_text("beside the class folders")
     place = f"{s3}/listed-{folder.parent.name}"
-    fsspec.filesystem("s3").put(f"{folder}/", f"{place}/", recursive=True)
+    upload(folder, place)
     quick = listing.list_files(listing.find_source(place))
     assert set(quick.paths) == {"a.txt", "beagle/a.png", "beagle/b.jpg", "spaniel/ü 犬 🐕.png"}
     monkeypatch.setattr(listing, "_find_objects", lambda *_: None)

@@ -15,6 +15,7 @@ import pytest
 from distributed import Client
 from fault_proxy import FaultProxy, fault_proxy
 from test_shards import make_folder
+from uploading import upload
 
 from gan_lib import fetching, images, object_store
 from gan_lib.errors import SourceError
@@ -38,7 +39,7 @@ def dogs(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str,
         for path in sorted((folder / name).iterdir()):
             path.rename(path.with_name(f"{name}{path.name}"))
     place = f"{s3}/faults-{time.time_ns()}"
-    fsspec.filesystem("s3").put(f"{folder}/", f"{place}/", recursive=True)
+    upload(folder, place)
     return place, folder
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from distributed import Client
 from PIL import Image
+from uploading import upload
 
 from gan_lib import images as images_module
 from gan_lib import shards
@@ -276,7 +277,7 @@ def test_odd_names_on_s3(tmp_path: Path, s3: str, cache: str) -> None:
     folder = make_folder(tmp_path / "dogs", ["über 犬", "a+b & c=d%20"], 2)
     (folder / "a+b & c=d%20" / "000.png").rename(folder / "a+b & c=d%20" / "é ~ 🐕 (1).png")
     place = f"{s3}/odd-{time.time_ns()}"
-    fsspec.filesystem("s3").put(f"{folder}/", f"{place}/", recursive=True)
+    upload(folder, place)
     there, here = prepare_images(place, 16, cache=cache), prepare_images(str(folder), 16)
     assert there.images_per_class() == here.images_per_class()
     np.testing.assert_array_equal(there.pixels, here.pixels)
