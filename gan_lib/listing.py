@@ -278,11 +278,7 @@ def _find_objects(fs: fsspec.AbstractFileSystem, root: str) -> list[_File] | Non
         return None
     try:
         return [
-            (
-                info["path"][len(prefix) :].lstrip("/"),
-                info["size"],
-                (info["e_tag"] or "").strip('"'),
-            )
+            (info["path"][len(prefix) :].lstrip("/"), info["size"], _stamp({"ETag": info["e_tag"]}))
             for info in list_objects(store, prefix)
         ] or None
     except (BaseError, OSError):
