@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
+from threading import BoundedSemaphore
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,10 @@ SHARDS = 64
 # costs as much as so many bytes more), nor so large that it fills a worker (in bytes of pixels).
 SMALLEST_SHARD, COST_OF_FILE = 6 * 2**20, 8 * 2**10
 LARGEST_SHARD = 64 * 2**20
+
+# Images decoded at the same time, per process: more than there are cores would take no less
+# time, and 100 MB more for each large photograph. A worker may have more threads than that.
+_DECODERS = BoundedSemaphore(os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -177,8 +182,6 @@ def _make_shard(work: Work, folder: Folder, sharing: int) -> dict[str, Any]:
             [f"{work.root}/{path}" for path in work.paths],
             work.sizes,
             lambda data, place: _decode(work, data, boxes[place]),
-            # More than there are cores would take no less time, and 100 MB more for each
-            # large photograph.
             threads=max(1, (os.cpu_count() or 1) // sharing),
         )
         for path, result in zip(work.paths, decoded, strict=True):
@@ -227,7 +230,8 @@ def _boxes(work: Work) -> Sequence[Box | str | None]:
 def _decode(work: Work, data: bytes, box: Box | str | None) -> np.ndarray | str:
     known = None if isinstance(box, str) else box
     try:
-        pixels = decode_image(data, work.image_size, work.channels, work.crop, known)
+        with _DECODERS:
+            pixels = decode_image(data, work.image_size, work.channels, work.crop, known)
     # Pillow's plugins raise nearly anything on damaged files (SyntaxError and
     # struct.error among them); one bad file must not end the preparation.
     except Exception as error:

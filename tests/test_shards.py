@@ -217,6 +217,7 @@ def test_boxes(tmp_path: Path, cache: str) -> None:
     assert len(found) == 1
     # The resize looks a little beyond the edge of the box.
     assert found.pixels[0].min() > 190
+    assert found.pixels[0][1:-1, 1:-1].min() == 255
     reasons = {Path(url).name: why for url, why in found.skipped}
     assert reasons["no-box.png"] == "no annotated box"
     assert "annotation cannot be read" in reasons["bad-box.png"]
