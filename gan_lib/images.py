@@ -24,6 +24,7 @@ from gan_lib import manifest
 from gan_lib.embedded import package_images
 from gan_lib.errors import ParameterError, SourceError
 from gan_lib.listing import find_source, list_files, no_images
+from gan_lib.parameters import CROPS, check_type, require_choice, require_range
 from gan_lib.progress import ProgressBar
 from gan_lib.shards import (
     FORMAT,
@@ -157,9 +158,14 @@ def prepare_images(
     Raises:
         SourceError: if the source is not there, not one image in it can be used, or
             the cache cannot be written.
-        ParameterError: if boxes are wanted of a source that has none.
+        ParameterError: if a value has the wrong type or cannot be, or boxes are wanted of
+            a source that has none.
         CacheNotSharedError: if a worker does not see the cache.
     """
+    require_range("image_size", check_type("image_size", int, image_size), 1, None)
+    require_choice("channels", channels, (1, 3))
+    require_choice("crop", crop, CROPS)
+    require_range("max_images", check_type("max_images", int, max_images), 0, None)
     entry = manifest.sources().get(source)
     if entry is not None and "package" in entry:
         if crop == "box":

@@ -86,17 +86,17 @@ class TrainingParameters:
         if not self.source.strip():
             raise ParameterError("source is empty: name a data source or a folder of class folders")
         refuse_credentials("source", self.source)
-        _require_choice("image_size", self.image_size, IMAGE_SIZES)
-        _require_choice("channels", self.channels, (1, 3))
-        _require_choice("crop", self.crop, CROPS)
-        _require_choice("device", self.device, DEVICES)
-        _require_choice("precision", self.precision, PRECISIONS)
+        require_choice("image_size", self.image_size, IMAGE_SIZES)
+        require_choice("channels", self.channels, (1, 3))
+        require_choice("crop", self.crop, CROPS)
+        require_choice("device", self.device, DEVICES)
+        require_choice("precision", self.precision, PRECISIONS)
         at_least_one = ("nz", "ngf", "ndf", "epochs", "batch_size", "record_every")
         for name in (*at_least_one, "sample_every", "checkpoint_every", "n_samples"):
-            _require_range(name, getattr(self, name), 1, None)
+            require_range(name, getattr(self, name), 1, None)
         for name in ("max_images", "keep_checkpoints", "keep_every"):
-            _require_range(name, getattr(self, name), 0, None)
-        _require_range("seed", self.seed, 0, 2**31 - 1)
+            require_range(name, getattr(self, name), 0, None)
+        require_range("seed", self.seed, 0, 2**31 - 1)
         for name in ("lr_g", "lr_d"):
             if getattr(self, name) <= 0:
                 raise ParameterError(
@@ -108,13 +108,13 @@ class TrainingParameters:
                     f"{name} is {getattr(self, name)}: Adam needs at least 0 and less than 1"
                 )
         for name in ("real_label", "fake_label"):
-            _require_range(name, getattr(self, name), 0.0, 1.0)
+            require_range(name, getattr(self, name), 0.0, 1.0)
         if self.real_label <= self.fake_label:
             raise ParameterError(
                 f"real_label {self.real_label} is not above fake_label {self.fake_label}: "
                 "the discriminator could not learn which is which"
             )
-        _require_range("pixel_mean", self.pixel_mean, 0.0, 1.0)
+        require_range("pixel_mean", self.pixel_mean, 0.0, 1.0)
         least = max(self.pixel_mean, 1 - self.pixel_mean)
         if self.pixel_std < least:
             raise ParameterError(
@@ -122,8 +122,8 @@ class TrainingParameters:
                 "would lie beyond the -1 to 1 that the generator's tanh reaches. Set pixel_std to "
                 f"at least {least:g}"
             )
-        _require_range("color_jitter", self.color_jitter, 0.0, 1.0)
-        _require_range("noise", self.noise, 0.0, 1.0)
+        require_range("color_jitter", self.color_jitter, 0.0, 1.0)
+        require_range("noise", self.noise, 0.0, 1.0)
 
     @property
     def normalisation(self) -> tuple[float, float]:
@@ -219,14 +219,16 @@ def _reads_as_float(text: str) -> bool:
         return False
 
 
-def _require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise ParameterError unless the value is one of the choices."""
     if value not in choices:
         raise ParameterError(
             f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}"
         )
 
 
-def _require_range(name: str, value: float, low: float, high: float | None) -> None:
+def require_range(name: str, value: float, low: float, high: float | None) -> None:
+    """Raise ParameterError unless the value is from `low` to `high`; None is no upper end."""
     if high is None and value < low:
         raise ParameterError(f"{name} is {value}, expected {low} or more")
     if high is not None and not low <= value <= high:

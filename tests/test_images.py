@@ -12,7 +12,7 @@ from uploading import upload
 
 from gan_lib import decoding, embedded, listing, manifest
 from gan_lib.decoding import decode_image
-from gan_lib.errors import SourceError
+from gan_lib.errors import ParameterError, SourceError
 from gan_lib.images import prepare_images
 from gan_lib.listing import check_source
 from gan_lib.object_store import list_objects
@@ -163,6 +163,23 @@ def test_missing_and_empty_sources_are_named(call: object, tmp_path: Path) -> No
         call(str(tmp_path / "texts"))  # type: ignore[operator]
     with pytest.raises(SourceError, match="is a file"):
         call(str(tmp_path / "texts" / "a.txt"))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"image_size": 0}, "image_size is 0, expected 1 or more"),
+        ({"image_size": 16.5}, r"image_size is 16\.5 \(float\), expected an int"),
+        ({"channels": 2}, "channels is 2, expected one of 1, 3"),
+        ({"crop": "centre"}, "crop is 'centre', expected one of 'center', 'squash', 'box'"),
+        ({"max_images": -1}, "max_images is -1, expected 0 or more"),
+    ],
+)
+def test_wrong_values_are_refused_before_anything_is_read(
+    wrong: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ParameterError, match=said):
+        prepare_images("/nowhere", **{"image_size": 16, **wrong})  # type: ignore[arg-type]
 
 
 def test_images_from_s3(folder: Path, s3: str) -> None:
