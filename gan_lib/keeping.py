@@ -23,6 +23,7 @@ from gan_lib.errors import RunError
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results import (
     PARAMETERS,
+    STATUS,
     STOP,
     ResultsHandler,
     RunWriter,
@@ -287,6 +288,8 @@ class BackgroundWriter:
 def claim_run(run: str, parameters: TrainingParameters, resume: bool) -> None:
     """Make sure that `run` is new, or one that `launch` has reserved, or one to resume.
 
+    Of the latter, files that a killed rank has half written are deleted.
+
     Raises:
         RunError: if it is taken, or `resume` finds no run or one of other parameters.
     """
@@ -301,6 +304,9 @@ def claim_run(run: str, parameters: TrainingParameters, resume: bool) -> None:
             create_run(run, parameters)  # which refuses
         return
     refuse_differences(run, existing.parameters, parameters)
+    # All that ranks write, but not `stop`: somebody may be asking for it just now. A rank of an
+    # earlier attempt that still lives then fails to put its file in place, as it should.
+    RunWriter(run).remove_unfinished(PARAMETERS, STATUS, "*/*")
 
 
 def refuse_differences(run: str, old: TrainingParameters, new: TrainingParameters) -> None:

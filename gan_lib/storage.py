@@ -1,7 +1,7 @@
 """A folder at any fsspec URL, whose files are each written whole or not at all.
 
 A run directory and a cache of prepared images are such folders: a reader never
-sees half a file there, and an interrupted writer never leaves one.
+sees half a file there. What a killed writer leaves has a name that nobody reads.
 """
 
 from __future__ import annotations
@@ -136,6 +136,19 @@ class Folder:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(aside)
 
+    def remove_unfinished(self, *patterns: str) -> None:
+        """Delete what writers that were killed have left of these files.
+
+        Only for files that nobody else can be writing now: it would be deleted under their hands.
+
+        Args:
+            patterns: paths below the folder; `*` stands for anything in a name.
+        """
+        if self.is_local:
+            for pattern in patterns:
+                for left in Path(self.root).glob(f"{pattern}.{'[0-9a-f]' * 32}.part"):
+                    left.unlink(missing_ok=True)
+
     def flush(self, path: str) -> None:
         """Wait until a file that was written would survive a loss of power."""
         if self.is_local:
@@ -179,18 +192,20 @@ class Folder:
             self.fs.rm(target)
 
     @contextlib.contextmanager
-    def locked(self, path: str) -> Iterator[None]:
+    def locked(self, path: str) -> Iterator[bool]:
         """One process at a time, on this machine; elsewhere nothing is locked.
 
-        The lock of a process that dies is free at once.
+        The lock of a process that dies is free at once. Yields whether there is a lock.
         """
         if not self.is_local or fcntl is None:
-            yield
+            yield False
             return
         target = f"{self.root}/{path}"
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with open(target, "wb") as file:
             # Some network file systems lock nothing; then the same work may be done twice.
+            alone = False
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+                alone = True
+            yield alone

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -81,6 +84,26 @@ def own_client() -> Iterator[Client]:
 def runs_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without a place of their own go to the test's folder, not into the checkout."""
     monkeypatch.setattr(results, "RUNS", str(tmp_path / "runs"))
+
+
+@pytest.fixture
+def killed_writer() -> Callable[[Path, str], Path]:
+    """Kills a process while it writes a file into a folder; returns what it leaves there."""
+    code = """
+import os, signal, sys
+from gan_lib.storage import Folder
+
+os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+Folder(sys.argv[1]).write(sys.argv[2], b"never put in place")
+"""
+
+    def kill_one(folder: Path, path: str) -> Path:
+        ended = subprocess.run([sys.executable, "-c", code, folder, path])
+        assert ended.returncode == -signal.SIGKILL
+        (left,) = folder.glob(f"{path}.*.part")
+        return left
+
+    return kill_one
 
 
 @pytest.fixture(scope="session")

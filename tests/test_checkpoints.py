@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,18 @@ def test_after_a_failure_nothing_more_is_written(monkeypatch: pytest.MonkeyPatch
 )
 def test_only_what_may_go_well_is_tried_again(error: BaseException, again: bool) -> None:
     assert worth_a_retry(error) is again
+
+
+def test_what_killed_ranks_have_half_written_is_deleted_by_the_next(
+    place: Path, tiny: TrainingParameters, killed_writer: Callable[[Path, str], Path]
+) -> None:
+    left = [killed_writer(place, name) for name in ("checkpoints/epoch_0005.pt", "status.json")]
+    asked = killed_writer(place, "stop")  # which a client that lives may be writing
+    with pytest.raises(RunError, match="nz was"):
+        train_gan(tiny.replace(nz=8), run=str(place), resume=True)
+    assert all(path.exists() for path in left)
+    train_gan(tiny.replace(epochs=5), run=str(place), resume=True)
+    assert list(place.rglob("*.part")) == [asked]
 
 
 def test_an_interrupted_checkpoint_is_no_checkpoint(place: Path) -> None:

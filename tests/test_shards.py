@@ -8,7 +8,7 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +107,19 @@ def test_an_interrupted_preparation_goes_on(
     made.clear()
     assert len(prepare_images(str(folder), 16, cache=cache)) == 120
     assert [work.number for work in made] == [2, 3]
+
+
+def test_what_a_killed_process_has_half_written_is_deleted_by_the_next(
+    tmp_path: Path, cache: str, killed_writer: Callable[[Path, str], Path]
+) -> None:
+    folder = make_folder(tmp_path / "dogs")
+    prepared = Path(prepare_images(str(folder), 16, cache=cache).prepared)
+    for path in (prepared / INDEX, prepared / "shard_0002.npy"):
+        path.unlink()
+    killed_writer(prepared, "shard_0002.npy")
+    elsewhere = killed_writer(prepared, "shard_0009.npy")
+    prepare_images(str(folder), 16, cache=cache)
+    assert list(prepared.rglob("*.part")) == [elsewhere]
 
 
 def test_a_lost_or_cut_shard_is_made_again(tmp_path: Path, cache: str) -> None:
