@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,17 +47,29 @@ def start_cluster(n_workers: int | None = None, device: str = "auto") -> Client:
         A client; `close_cluster` ends the cluster with it.
 
     Raises:
-        ClusterError: if "cuda" is wanted without a GPU, or `n_workers` is below 1.
+        ClusterError: if "cuda" is wanted without a GPU, `n_workers` is below 1, or workers end
+            before they have started.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        # A worker imports the script that starts it, and has come to this line of it. Without a
+        # word: there are many of them, and the process that waits for them tells it once.
+        sys.exit(1)
     if n_workers is not None and n_workers < 1:
         raise ClusterError(f"n_workers is {n_workers}: a cluster has at least 1 worker")
     n_gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cuda" and n_gpus == 0:
         raise ClusterError("device is 'cuda', but this machine shows no GPU: use 'auto' or 'cpu'")
-    if n_gpus:
-        cluster = _gpu_cluster(n_workers or n_gpus, n_gpus)
-    else:
-        cluster = _cpu_cluster(n_workers or CPU_COUNT)
+    try:
+        if n_gpus:
+            cluster = _gpu_cluster(n_workers or n_gpus, n_gpus)
+        else:
+            cluster = _cpu_cluster(n_workers or CPU_COUNT)
+    except RuntimeError as error:
+        raise ClusterError(
+            f"the workers did not start ({error.__cause__ or error}): in a script, put this under "
+            '`if __name__ == "__main__":`, because a worker begins by importing the script; '
+            "anywhere else, see what they have printed"
+        ) from None
     # Others may shrink and grow by rules of their own; see `replace_lost_workers`.
     cluster.made_by_gan_lib = True
     return Client(cluster)

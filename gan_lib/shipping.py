@@ -7,7 +7,6 @@ that join later.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.util
 import os
@@ -26,13 +25,12 @@ from gan_lib.workers import ask
 _NEEDED = ("torch", "numpy", "PIL", "simplejpeg", "fsspec", "s3fs", "obstore", "pandas", "tqdm")
 
 
-@functools.cache
 def package_checksum() -> str:
-    """SHA-256 of the package's own source and manifest: equal where the code is equal."""
-    digest = hashlib.sha256(manifest_text().encode())
-    for name in _module_names():
-        digest.update(_module_source(name))
-    return digest.hexdigest()
+    """SHA-256 of the package's own source and manifest as this process imported them.
+
+    Equal where the code is equal.
+    """
+    return _IMPORTED
 
 
 def package_state() -> tuple[str, list[str]]:
@@ -49,6 +47,17 @@ def _module_source(name: str) -> bytes:
     return gan_lib.__spec__.loader.get_data(os.path.join(gan_lib.__path__[0], f"{name}.py"))
 
 
+def _checksum() -> str:
+    digest = hashlib.sha256(manifest_text().encode())
+    for name in _module_names():
+        digest.update(_module_source(name))
+    return digest.hexdigest()
+
+
+# The files may change while the process lives, and what it runs does not.
+_IMPORTED = _checksum()
+
+
 def ship_package(client: Client) -> None:
     """Make this very gan_lib importable on the scheduler and on all workers, now and later.
 
@@ -57,6 +66,11 @@ def ship_package(client: Client) -> None:
     """
     missing = _missing_packages(client)
     if missing is None:
+        if _checksum() != _IMPORTED:
+            raise ClusterError(
+                "the files of gan_lib have changed since this process imported them, and the "
+                "workers run another version: restart the kernel, or the script, and its cluster"
+            )
         _upload(client)
         missing = _missing_packages(client)
     if missing is None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -273,3 +274,44 @@ def test_a_cluster_without_gan_lib_gets_it(tiny: TrainingParameters, tmp_path: P
         # Closing our client leaves the cluster to its owner.
         with Client(address) as plain:
             assert len(plain.nthreads()) == 2
+
+
+CHANGED = """
+import pathlib
+import gan_lib
+from gan_lib.cluster import close_cluster, run_ranks, start_cluster
+
+if __name__ == "__main__":
+    file = pathlib.Path(gan_lib.__path__[0], "steps.py")
+    file.write_text(file.read_text() + "# changed\\n")
+    client = start_cluster(1, device="cpu")
+    for _ in range(2):
+        try:
+            run_ranks(client, int)
+        except gan_lib.errors.ClusterError as error:
+            print(error)
+    close_cluster(client)
+"""
+
+
+def test_code_that_changes_under_a_process_is_not_mixed(tmp_path: Path) -> None:
+    checkout = Path(__file__).parents[1]
+    shutil.copytree(checkout / "gan_lib", tmp_path / "gan_lib")
+    shutil.copy(checkout / "data_manifest.json", tmp_path)
+    script = tmp_path / "changed.py"
+    script.write_text(CHANGED)
+    ended = subprocess.run(
+        [sys.executable, script], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.stdout.count("have changed since this process imported them") == 2
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "unguarded.py"
+    script.write_text("from gan_lib import start_cluster\n\nstart_cluster(2, device='cpu')\n")
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "put this under `if __name__" in ended.stderr
+    assert ended.stderr.count("Traceback") == 1
