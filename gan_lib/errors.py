@@ -46,3 +46,11 @@ class ReplicaError(UserError):
 
 class NotebookError(UserError):
     """A cell of a notebook failed; the executed notebook is kept."""
+
+
+def describe(error: BaseException) -> str:
+    """What to keep of an error: the sentence for the user, or type and message of any other."""
+    message = str(error).strip()
+    if isinstance(error, UserError):
+        return message
+    return f"{type(error).__name__}: {message}".removesuffix(": ")

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from distributed import Client
 from distributed.scheduler import KilledWorker
 
-from gan_lib.errors import ClusterError, UserError, WorkerLostError
+from gan_lib.errors import ClusterError, UserError, WorkerLostError, describe
 from gan_lib.parameters import TrainingParameters
 from gan_lib.rank_group import RankGroup, start_ranks
 from gan_lib.results import STOP, Run, RunWriter, open_run
@@ -178,7 +178,7 @@ class Job:
                 # Another job may go on with the run by now.
                 if job.startswith(self._name):
                     self._writer.set_status(
-                        "failed", error=str(error), job=job, restarts=self.restarts
+                        "failed", error=describe(error), job=job, restarts=self.restarts
                     )
         finally:
             self._ended.set()
@@ -233,8 +233,8 @@ class Job:
         self._storage_failures = self._storage_failures + 1 if isinstance(error, OSError) else 0
         if self._storage_failures > 1:
             time.sleep(min(2.0**self._storage_failures, LONGEST_PAUSE))
-        said = str(error).strip() or type(error).__name__
-        self.restarts.append(f"{time.strftime('%H:%M:%S')} {said.splitlines()[0]}")
+        said = describe(error).splitlines()[0]
+        self.restarts.append(f"{time.strftime('%H:%M:%S')} {said}")
         with contextlib.suppress(OSError):
             self._claim()
 

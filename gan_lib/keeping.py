@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from gan_lib.checkpoints import Checkpoints, Position
-from gan_lib.errors import RunError
+from gan_lib.errors import RunError, describe
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results import (
     PARAMETERS,
@@ -179,8 +179,7 @@ class Keeper:
         with contextlib.suppress(Exception):
             # That a supervised attempt failed is its supervisor's to say.
             if self.writer is not None and not self._supervised:
-                said = f"{type(error).__name__}: {error}"
-                self._background.submit(self._set_status, "failed", error=said)
+                self._background.submit(self._set_status, "failed", error=describe(error))
         with contextlib.suppress(Exception):
             self.close()
 

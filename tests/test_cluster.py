@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -138,6 +139,18 @@ def test_a_failed_launch_says_so(client: Client, tiny: TrainingParameters, tmp_p
     # The workers are free again, and so is the place: the run had made nothing.
     again = launch(client, tiny.replace(epochs=1), run=job.run.url)
     assert again.result()[0].epochs == 1
+
+
+def test_an_error_of_the_code_is_kept_with_its_type(
+    client: Client, tiny: TrainingParameters
+) -> None:
+    def fails(**told: Any) -> None:
+        raise KeyError("nz")
+
+    job = launch(client, tiny, function=fails)
+    with pytest.raises(KeyError, match="nz"):
+        job.result(timeout=60)
+    assert job.run.status().error == "KeyError: 'nz'"
 
 
 def test_a_launch_without_images_ends_before_it_begins(
