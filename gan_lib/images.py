@@ -199,8 +199,8 @@ def prepare_images(
             index = write_index(folder, files, shards, told)
         except OSError as error:
             raise SourceError(
-                f"the prepared images cannot be written to {url}: {error}. Make room, or name "
-                "another place as cache= or in the environment variable GAN_LIB_CACHE"
+                f"the prepared images cannot be written to {url}: {error}. Name a place that can "
+                "be written as cache= or in the environment variable GAN_LIB_CACHE, or make room"
             ) from None
     images = open_prepared(url, index)
     _tell_what_was_skipped(images, index["files"], progress)

@@ -219,17 +219,16 @@ class Run:
         """
         chosen = self.epochs("records") if epochs is None else epochs
         lines: list[dict[str, Any]] = []
-        for epoch in chosen:
-            text = self._read("records", epoch).decode()
-            lines += [json.loads(line) for line in text.splitlines()]
+        for data in self._read("records", chosen):
+            lines += [json.loads(line) for line in data.decode().splitlines()]
         return pd.DataFrame(lines)
 
     def samples(self, epochs: Sequence[int] | None = None) -> dict[int, np.ndarray]:
         """Epoch -> its picture, the same latent vectors in a grid: uint8, H x W x C."""
         chosen = self.epochs("samples") if epochs is None else epochs
         pictures = {}
-        for epoch in chosen:
-            image = np.asarray(Image.open(io.BytesIO(self._read("samples", epoch))))
+        for epoch, data in zip(chosen, self._read("samples", chosen), strict=True):
+            image = np.asarray(Image.open(io.BytesIO(data)))
             pictures[epoch] = image if image.ndim == 3 else image[..., None]
         return pictures
 
@@ -304,10 +303,12 @@ class Run:
 
         watch_from_outside(self)
 
-    def _read(self, kind: str, epoch: int) -> bytes:
+    def _read(self, kind: str, epochs: Sequence[int]) -> list[bytes]:
+        paths = [epoch_path(kind, epoch) for epoch in epochs]
         try:
-            return self._folder.read(epoch_path(kind, epoch))
-        except FileNotFoundError:
+            return self._folder.read_all(paths)
+        except FileNotFoundError as error:
+            epoch = epochs[paths.index(error.filename)]
             raise RunError(
                 f"{self.url} has no {kind} of epoch {epoch}: it has {_join(self.epochs(kind))}"
             ) from None

@@ -7,10 +7,11 @@ sees half a file there. What a killed writer leaves has a name that nobody reads
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -162,6 +163,22 @@ class Folder:
             FileNotFoundError: if it is not there.
         """
         return self.fs.cat_file(f"{self.root}/{path}")
+
+    def read_all(self, paths: Sequence[str]) -> list[bytes]:
+        """The contents of many files, read at the same time where that is faster.
+
+        Raises:
+            FileNotFoundError: if one is not there; its `filename` is the path.
+        """
+        found = self.fs.cat_ranges(
+            [f"{self.root}/{path}" for path in paths], None, None, on_error="return"
+        )
+        for path, content in zip(paths, found, strict=True):
+            if isinstance(content, FileNotFoundError):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+            if isinstance(content, Exception):
+                raise content
+        return found
 
     def names(self, path: str) -> list[str]:
         """The names of the files in a folder below; none if it is not there."""
