@@ -11,6 +11,8 @@ from PIL import Image, ImageOps
 
 # What photographs come as. Pillow reads more, among them EPS, by running Ghostscript on it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF")
+# How the files of telephones begin that Pillow does not read.
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 # A JPEG is decoded at no less than so many times the wanted size.
 LEAST_REDUCTION = 1.25
 # left, upper, right, lower, in pixels of the file
@@ -41,6 +43,8 @@ def decode_image(
     reduced = _decode_jpeg(data, image_size, crop, box)
     if reduced is not None:
         return _shrink(*reduced, image_size, channels)
+    if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS:
+        raise ValueError("a HEIC photograph, which is not read: convert it to JPEG")
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
         region = _region(width, height, crop, box)

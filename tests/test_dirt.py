@@ -123,6 +123,7 @@ UNUSABLE = {
     "notes.xml": (b"<annotation/>", "not an image"),
     # Pillow would have Ghostscript run it.
     "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+    "telephone.heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 99, "heic photograph"),
     "more.zip": (b"PK\3\4" + b"\0" * 50, "not an image"),
     "bomb.png": (bomb(), "pixels"),
 }
@@ -184,7 +185,7 @@ def test_each_file_of_a_dirty_folder(folder: Path, tmp_path: Path) -> None:
     (folder / "red" / "nowhere.jpg").symlink_to("gone.jpg")
     (folder / "red" / "circle").symlink_to(folder)
     os.mkfifo(folder / "red" / "pipe.jpg")
-    with pytest.warns(SkippedFilesWarning, match=f"of {len(ALL_RED) + 26} files skipped"):
+    with pytest.warns(SkippedFilesWarning, match=f"of {len(ALL_RED) + 27} files skipped"):
         images = prepare_images(str(folder), SIZE, cache=str(tmp_path / "cache"))
     check(images)
     found = reasons(images)
