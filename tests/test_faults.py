@@ -118,9 +118,12 @@ class Faults:
 
     def kill_again(self) -> None:
         """Once more while the ranks of the next attempt are starting."""
-        attempt = self._kill_and_notice()
+        self._kill_and_notice()
         time.sleep(self.rng.uniform(0, 3))
-        for pid in self.client.run(os.getpid).values():
+        pids = self.client.run(os.getpid).values()
+        # The attempt that this ends may have come as far as to train.
+        attempt = self.job.run.status().job
+        for pid in pids:
             os.kill(pid, signal.SIGKILL)
         self._until_it_trains_again(attempt)
 
