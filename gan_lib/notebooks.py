@@ -116,8 +116,9 @@ def _execute(
             cwd=profiles.FOLDER,
             stdout_file=progress,
             on_cell=progress.cell_done,
-            # Otherwise each kernel warns that it talks to us unencrypted, over loopback.
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],
+            # Otherwise each kernel warns that it talks to us unencrypted, over loopback, and now
+            # and then calls it an error that it is interrupted before it is shut down.
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
     except PapermillExecutionError as error:
         first_line = next((line for line in error.source.splitlines() if line.strip()), "")
