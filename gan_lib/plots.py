@@ -172,11 +172,16 @@ def plot_comparison(
 
 
 def plot_bars(values: Mapping[str, float], title: str, unit: str) -> Figure:
-    """A bar for each name, with its value on it."""
+    """A bar for each name, with its value on it; by powers of ten if they differ hundredfold."""
     _, axes = _figure(figsize=(1.5 + 1.6 * len(values), 3.4))
     bars = axes.bar(list(values), list(values.values()), width=0.6)
     axes.bar_label(bars, fmt="{:,.0f}")
     axes.margins(y=0.15)
+    smallest = min(values.values())
+    if max(values.values()) > 100 * smallest > 0:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=min(1, smallest / 10))
+        unit += ", logarithmic"
     return _labelled(axes, title, "", unit)
 
 

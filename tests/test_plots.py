@@ -114,3 +114,14 @@ def test_source_is_shown_as_it_is() -> None:
     shown = plots.show_source(epoch_shares, ImageSet)
     assert inspect.getsource(epoch_shares).rstrip() in shown.data
     assert "class ImageSet" in shown.data
+
+
+def test_bars_that_differ_hundredfold_are_all_seen() -> None:
+    close = plots.plot_bars({"a": 53, "b": 1689}, "speed", "images/s").axes[0]
+    assert close.get_yscale() == "linear"
+    far = plots.plot_bars({"a": 53, "b": 1_700_000}, "speed", "images/s").axes[0]
+    assert far.get_yscale() == "log"
+    assert far.get_ylim()[0] == 1
+    assert "logarithmic" in far.get_ylabel()
+    nothing = plots.plot_bars({"a": 0, "b": 518}, "how often", "images").axes[0]
+    assert nothing.get_yscale() == "linear"
