@@ -27,7 +27,7 @@ lint: $(READY)  ## check style and formatting
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
 format: $(READY)  ## format the code and strip the notebooks' outputs
-	@$(PY) -m ruff check --fix . && $(PY) -m ruff format . && $(VENV)/bin/nbstripout notebooks/*.ipynb
+	@$(PY) -m ruff check --fix . && $(PY) -m ruff format . && $(VENV)/bin/nbstripout --keep-id notebooks/*.ipynb
 
 lock: $(READY)  ## write requirements.lock anew from pyproject.toml
 	@$(PY) -m uv pip compile --universal --python-version 3.11 --all-extras --upgrade \

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 
@@ -69,6 +70,14 @@ def test_pre_commit_strips_notebooks() -> None:
     hooks = {hook["id"]: hook for repo in config["repos"] for hook in repo["hooks"]}
     assert {"nbstripout", "ruff-check", "ruff-format"} <= set(hooks)
     assert re.search(hooks["nbstripout"]["files"], "notebooks/01_data.ipynb")
+    # The notebooks are as it and JupyterLab leave them: a commit changes only what somebody did.
+    options = hooks["nbstripout"]["entry"].split()[1:]
+    notebooks = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))
+    command = [sys.executable, "-m", "nbstripout", *options, "--verify", *notebooks]
+    assert subprocess.run(command).returncode == 0
+    for path in notebooks:
+        text = path.read_text()
+        assert nbformat.writes(nbformat.reads(text, as_version=4)) == text.removesuffix("\n"), path
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
