@@ -132,9 +132,7 @@ def make_shard(work: Work, url: str, sharing: int = 1) -> dict[str, Any] | Sourc
         read. (Returned, because Dask logs what a task raises, with its arguments.)
     """
     folder = Folder(url)
-    with folder.locked(f"{work.name}.lock") as alone:
-        if alone:
-            folder.remove_unfinished(f"{work.name}.*")
+    with folder.locked(f"{work.name}.lock", f"{work.name}.*"):
         done = finished_shard(folder, work)
         if done is not None:
             return done
@@ -309,9 +307,7 @@ def open_shards(folder: Folder, index: dict[str, Any]) -> ShardedPixels:
     """
     if not folder.is_local:
         copy = Folder(os.path.join(local_cache(), "copies", os.path.basename(folder.root)))
-        with copy.locked("copying.lock") as alone, ThreadPoolExecutor(8) as pool:
-            if alone:
-                copy.remove_unfinished("*")
+        with copy.locked("copying.lock", "*"), ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda shard: _copy_shard(folder, copy, shard), index["shards"]))
         folder = copy
     return ShardedPixels(

@@ -209,20 +209,24 @@ class Folder:
             self.fs.rm(target)
 
     @contextlib.contextmanager
-    def locked(self, path: str) -> Iterator[bool]:
+    def locked(self, path: str, *patterns: str) -> Iterator[None]:
         """One process at a time, on this machine; elsewhere nothing is locked.
 
-        The lock of a process that dies is free at once. Yields whether there is a lock.
+        The lock of a process that dies is free at once.
+
+        Args:
+            path: of the lock, below the folder.
+            patterns: files that are only written under this lock, as in `remove_unfinished`,
+                which is done first.
         """
         if not self.is_local or fcntl is None:
-            yield False
+            yield
             return
         target = f"{self.root}/{path}"
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with open(target, "wb") as file:
             # Some network file systems lock nothing; then the same work may be done twice.
-            alone = False
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
-                alone = True
-            yield alone
+                self.remove_unfinished(*patterns)
+            yield

@@ -22,6 +22,7 @@ from gan_lib.cluster import close_cluster, connect, launch, run_ranks
 from gan_lib.cluster import start_cluster as start
 from gan_lib.errors import ClusterError, ParameterError, RunError, SourceError
 from gan_lib.parameters import TrainingParameters
+from gan_lib.profiles import CHECKOUT
 from gan_lib.rank_group import pick_gpus
 from gan_lib.results import open_run
 from gan_lib.shipping import package_checksum
@@ -308,9 +309,8 @@ if __name__ == "__main__":
 
 
 def test_code_that_changes_under_a_process_is_not_mixed(tmp_path: Path) -> None:
-    checkout = Path(__file__).parents[1]
-    shutil.copytree(checkout / "gan_lib", tmp_path / "gan_lib")
-    shutil.copy(checkout / "data_manifest.json", tmp_path)
+    shutil.copytree(CHECKOUT / "gan_lib", tmp_path / "gan_lib")
+    shutil.copy(CHECKOUT / "data_manifest.json", tmp_path)
     script = tmp_path / "changed.py"
     script.write_text(CHANGED)
     ended = subprocess.run(

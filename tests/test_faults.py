@@ -111,8 +111,10 @@ class Faults:
         assert told["damaged"] == []
 
     def kill_all(self) -> None:
+        pids = self.client.run(os.getpid).values()
+        # Asked as late as can be: an attempt that only starts may come as far as to train.
         attempt = self.job.run.status().job
-        for pid in self.client.run(os.getpid).values():
+        for pid in pids:
             os.kill(pid, signal.SIGKILL)
         self._until_it_trains_again(attempt)
 
@@ -120,12 +122,7 @@ class Faults:
         """Once more while the ranks of the next attempt are starting."""
         self._kill_and_notice()
         time.sleep(self.rng.uniform(0, 3))
-        pids = self.client.run(os.getpid).values()
-        # The attempt that this ends may have come as far as to train.
-        attempt = self.job.run.status().job
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-        self._until_it_trains_again(attempt)
+        self.kill_all()
 
     def suspend(self) -> None:
         attempt = self.job.run.status().job
