@@ -23,7 +23,7 @@ from typing import Any
 from gan_lib import manifest
 from gan_lib.errors import SourceError
 from gan_lib.progress import ProgressBar
-from gan_lib.storage import local_cache
+from gan_lib.storage import Folder, local_cache
 
 # The folder that each of Stanford's archives unpacks to.
 FOLDERS = {"images": "Images", "annotation": "Annotation", "lists": "lists"}
@@ -76,6 +76,7 @@ def _fetch_one(name: str, archive: str, entry: dict[str, Any]) -> Path:
     target = fetched_folder(name, archive)
     if target.exists():
         return target
+    Folder(local_cache()).make_private()
     target.parent.mkdir(parents=True, exist_ok=True)
     # The archive and what it holds lie there together for a moment.
     free, needed = shutil.disk_usage(target.parent).free, 2 * entry["bytes"]

@@ -39,7 +39,13 @@ from gan_lib.shards import (
     shard_info,
     write_index,
 )
-from gan_lib.storage import Folder, absolute, file_exists, prepared_cache, refuse_credentials
+from gan_lib.storage import (
+    Folder,
+    absolute,
+    cache_home,
+    file_exists,
+    prepared_cache,
+)
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -150,7 +156,7 @@ def prepare_images(
         storage_options: passed to the fsspec file system, e.g. `{"anon": True}` for S3.
         progress: show a progress bar, and what was skipped.
         client: of a Dask cluster, whose workers do it; None does it here, on all cores.
-        cache: the folder that keeps the result, a path or any fsspec URL that the workers
+        cache: the folder that keeps the result, a path or an object store that the workers
             reach too; None takes the environment variable GAN_LIB_CACHE, or ~/.cache/gan_lib.
         annotation: folder of PASCAL VOC files, for "box"; None looks for a folder
             `Annotation` beside the source or in it.
@@ -193,6 +199,7 @@ def prepare_images(
             files = files.chosen(evenly_spread(max_images, len(files.paths)).tolist())
         works = cut_into_shards(files, image_size, channels, crop, annotations)
         try:
+            Folder(absolute(cache) if cache is not None else cache_home()).make_private()
             shards = _make_shards(works, folder, client, progress)
             if not any(shard["count"] for shard in shards):
                 raise no_images(files, [why for shard in shards for _, why in shard["skipped"]])
@@ -234,7 +241,6 @@ def open_prepared(url: str, index: dict[str, Any] | None = None) -> ImageSet:
 
 
 def _place_in_cache(cache: str | None, source: str, told: dict[str, Any]) -> str:
-    refuse_credentials("cache", cache or "")
     home = absolute(cache) if cache is not None else prepared_cache()
     key = hashlib.sha256(json.dumps([FORMAT, told], sort_keys=True).encode()).hexdigest()
     name = re.sub(r"[^A-Za-z0-9]+", "-", source).strip("-")[-40:].lower()

@@ -21,7 +21,7 @@ from gan_lib import manifest
 from gan_lib.decoding import FORMATS
 from gan_lib.downloading import fetched_folder
 from gan_lib.embedded import package_arrays
-from gan_lib.errors import SourceError
+from gan_lib.errors import SourceError, UserError
 from gan_lib.object_store import LIST_AT_ONCE, has_keys, is_s3, list_objects, open_bucket
 from gan_lib.storage import (
     absolute,
@@ -251,7 +251,7 @@ def cannot_be_read(source: Source, error: BaseException) -> SourceError:
 def _one_sentence(source: Source) -> Iterator[None]:
     try:
         yield
-    except SourceError:
+    except UserError:
         raise
     except FileNotFoundError:
         raise not_there(source) from None

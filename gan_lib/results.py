@@ -1,6 +1,6 @@
 """What comes back: the run directory, its writer and its reader.
 
-A run lives in one directory, at any fsspec URL:
+A run lives in one directory, here or in an object store:
 
     parameters.json              what it was told; versions, world size, device
     status.json                  what it is doing, or how it ended
@@ -35,7 +35,7 @@ from gan_lib.checkpoints import Checkpoints, Position
 from gan_lib.errors import RunError
 from gan_lib.models import Generator, generate_images
 from gan_lib.parameters import TrainingParameters
-from gan_lib.storage import Folder, refuse_credentials
+from gan_lib.storage import Folder
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -83,18 +83,7 @@ class ResultsHandler(Protocol):
 
 
 class RunWriter(Folder):
-    """Writes files of one run directory, each whole or not at all.
-
-    Args:
-        url: a path or any fsspec URL.
-
-    Raises:
-        ParameterError: if the URL holds a credential.
-    """
-
-    def __init__(self, url: str) -> None:
-        refuse_credentials("run", url)
-        super().__init__(url)
+    """Writes files of one run directory, each whole or not at all."""
 
     def submit_result(self, path: str, data: str | bytes) -> None:
         """Put a file in place, replacing an older one of that name."""
@@ -141,7 +130,7 @@ def open_run(url: str = "latest") -> Run:
     """Open a run to read it, while it goes on or a year later.
 
     Args:
-        url: its directory, a path or any fsspec URL; "latest" is the newest under `runs/`.
+        url: its directory, as a path or an address; "latest" is the newest under `runs/`.
 
     Raises:
         RunError: if no run lives there.

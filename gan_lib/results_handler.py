@@ -44,7 +44,7 @@ class DaskResultsHandler:
         """On the client: write results below `prefix` as they come, until all futures are done.
 
         Args:
-            prefix: a path or any fsspec URL.
+            prefix: a path, or an address in an object store.
             futures: of the job whose results these are.
             raise_errors: raise the error of the first future that fails, or log it and go on.
         """

@@ -306,6 +306,7 @@ def open_shards(folder: Folder, index: dict[str, Any]) -> ShardedPixels:
         SourceError: if a copy is not what the index says.
     """
     if not folder.is_local:
+        Folder(local_cache()).make_private()
         copy = Folder(os.path.join(local_cache(), "copies", os.path.basename(folder.root)))
         with copy.locked("copying.lock", "*"), ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda shard: _copy_shard(folder, copy, shard), index["shards"]))

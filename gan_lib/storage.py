@@ -1,4 +1,4 @@
-"""A folder at any fsspec URL, whose files are each written whole or not at all.
+"""A folder here or in an object store, whose files are each written whole or not at all.
 
 A run directory and a cache of prepared images are such folders: a reader never
 sees half a file there. What a killed writer leaves has a name that nobody reads.
@@ -13,8 +13,8 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from typing import Any, BinaryIO
+from urllib.parse import quote
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -26,10 +26,21 @@ try:
 except ImportError:  # not on Windows, where two processes may do the same work twice
     fcntl = None  # type: ignore[assignment]
 
-# Where prepared images go unless the caller says otherwise: a path, or any fsspec URL.
+# Where prepared images go unless the caller says otherwise: a path, or the URL of a `Folder`.
 CACHE_VARIABLE = "GAN_LIB_CACHE"
-# Names under which a URL's query carries what nobody else should read.
-_SECRET_NAME = re.compile(r"sign|secret|token|password|credential|access.?key|^sig$", re.IGNORECASE)
+# Stores that show an object only once it is complete. Others write in place, where a reader
+# would see half a file.
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
+# What the query of an address may hold without being asked. Any other may be a credential, and
+# those have too many names to list: key, sig, code, jwt, ...
+_HARMLESS_IN_QUERY = ("dir", "folder", "path", "prefix", "page", "format", "ref", "region",
+                      "version", "versionid")  # fmt: skip
+# Options of file systems that may be shown; the other texts among them may give access.
+_HARMLESS_OPTIONS = ("endpoint_url", "region", "region_name", "account_name", "account_host",
+                     "container_name", "project", "profile", "host", "protocol", "target_protocol",
+                     "signature_version", "addressing_style")  # fmt: skip
+# Variables of the environment from which file systems take what gives access.
+_SECRET_VARIABLE = re.compile(r"^(AWS|AZURE)_.*(KEY|SECRET|TOKEN|PASSWORD|CONNECTION)")
 
 
 def is_remote(url: str) -> bool:
@@ -51,46 +62,100 @@ def local_cache() -> str:
     return absolute(os.path.join(base, "gan_lib"))
 
 
+def cache_home() -> str:
+    """The folder, here or elsewhere, for what many machines may share.
+
+    Raises:
+        ParameterError: if GAN_LIB_CACHE holds a credential.
+    """
+    home = os.environ.get(CACHE_VARIABLE) or local_cache()
+    refuse_credentials(CACHE_VARIABLE, home)
+    return absolute(home)
+
+
 def prepared_cache() -> str:
-    """The folder, here or elsewhere, for prepared images."""
-    return f"{os.environ.get(CACHE_VARIABLE, '') or local_cache()}/prepared"
+    """The folder, here or elsewhere, for prepared images; raises as `cache_home`."""
+    return f"{cache_home()}/prepared"
 
 
 def refuse_credentials(name: str, url: str) -> None:
-    """A URL is written to logs and parameters.json, so it must not hold a password or a key.
+    """An address is written to logs and parameters.json, so it must not hold a password or a key.
 
     Raises:
         ParameterError: that does not repeat it.
     """
-    if not is_remote(url):
-        return
-    parts = urlsplit(url.rsplit("::", 1)[-1])
-    in_query = any(_SECRET_NAME.search(key) for key, _ in parse_qsl(parts.query))
-    if "@" in parts.netloc or in_query:
+    if is_remote(url) and any(map(_may_hold_credential, url.split("::"))):
         raise ParameterError(
-            f"{name} is a {parts.scheme}:// address that holds a credential, and addresses are "
-            "written to logs and files: give it through the environment (for S3 AWS_ACCESS_KEY_ID "
-            "and AWS_SECRET_ACCESS_KEY), fsspec's configuration, or storage_options"
+            f"{name} is an address that holds a credential (a password, or something behind ? or "
+            "# that may be one), and addresses are written to logs and files: give it through the "
+            "environment (for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), fsspec's "
+            "configuration, or storage_options"
         )
 
 
+def _may_hold_credential(part: str) -> bool:
+    """Whether one part of a chain of addresses does."""
+    protocol, _, rest = part.rpartition("://")
+    before, _, fragment = rest.partition("#")
+    place, _, query = before.partition("?")
+    # A secret may hold any character, a slash, say: what comes before the last @ counts. But
+    # `host:8080/a@b` is a port and a path, and in `github://owner:repository@branch` is no secret.
+    user, at, _ = rest.rpartition("@")
+    with_port = protocol not in OBJECT_STORES and re.match(r"[^/@]*:\d{1,5}(/|$)", rest)
+    password = bool(at) and ":" in user.partition("/")[0] and not with_port
+    # A name alone is a token for a web server, and elsewhere no more than a name: Azure's
+    # `abfss://container@account`, say.
+    name_alone = protocol in ("http", "https") and "@" in place.partition("/")[0]
+    named = [*re.split("[&;]", query), *(x for x in re.split("[&;]", fragment) if "=" in x)]
+    unknown = [x for x in named if x and x.partition("=")[0].lower() not in _HARMLESS_IN_QUERY]
+    return (password and protocol != "github") or name_alone or bool(unknown)
+
+
 def without_secrets(text: str, options: Mapping[str, Any] | None = None) -> str:
-    """`text` without any value of `options` or of the environment that gives access."""
-    secrets = {v for k, v in os.environ.items() if k.startswith("AWS_") and _SECRET_NAME.search(k)}
-    found = [dict(options or {})]
-    while found:
-        for key, value in found.pop().items():
-            if isinstance(value, Mapping):
-                found.append(dict(value))
-            elif isinstance(value, str) and (
-                key in ("key", "username") or _SECRET_NAME.search(str(key))
-            ):
-                secrets.add(value)
+    """`text` without any value of `options`, fsspec's configuration or the environment that may
+    give access."""
+    secrets = {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
+    secrets.update(_texts([options or {}, fsspec.config.conf]))
+    # Errors show a part of a connection string, a token without "Bearer", or either in an address.
+    for secret in tuple(secrets):
+        parts = re.split(r"[\s;&]+", secret)
+        secrets.update(parts, (part.partition("=")[2] for part in parts))
+    secrets.update([quote(secret, safe="") for secret in secrets])
     for secret in sorted(secrets, key=len, reverse=True):
         # Anything shorter is no secret, and may be a part of every other word.
         if len(secret) >= 6:
             text = text.replace(secret, "***")
     return text
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in options of a file system, however deep, but for known harmless ones."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, bytes):
+        yield value.decode(errors="replace")
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            if name not in _HARMLESS_OPTIONS:
+                yield from _texts(inner)
+    elif isinstance(value, Sequence):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def open_to_append(path: str) -> BinaryIO:
+    """Open a file to write at its end, and make it if it is not there.
+
+    In a folder that many may write to, somebody may have put a link there: it is not followed.
+
+    Raises:
+        OSError: if it is a link, or cannot be written.
+    """
+
+    def opener(path: str, flags: int) -> int:
+        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+    return open(path, "ab", opener=opener)
 
 
 def file_exists(url: str, path: str) -> bool:
@@ -102,14 +167,37 @@ class Folder:
     """Reads and writes the files of one folder, each whole.
 
     Args:
-        url: a path or any fsspec URL.
-        options: for its fsspec file system.
+        url: a path, or an address in an object store.
+
+    Raises:
+        ParameterError: if the address holds a credential, or leads to a store in which files
+            are not written whole.
     """
 
-    def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, url: str) -> None:
+        refuse_credentials("the place of a run or a cache", url)
+        protocol, _ = fsspec.core.split_protocol(url)
+        known = (None, "file", "local", "memory", *OBJECT_STORES)
+        if protocol not in known or "::" in url:
+            raise ParameterError(
+                f"{url} is no place for a run or a cache, because not every store puts a file in "
+                "place only when it is whole: give a folder of this machine, or an address that "
+                f"begins with {'://, '.join(OBJECT_STORES)}://"
+            )
         self.url = url
-        self.fs, self.root = fsspec.core.url_to_fs(url, **(options or {}))
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(url)
+        except ImportError as error:
+            raise ParameterError(f"{url} cannot be opened here: {error}") from None
         self.is_local = isinstance(self.fs, LocalFileSystem)
+
+    def make_private(self) -> None:
+        """Make it, if it is not there, for this user alone; one that is there stays as it is.
+
+        A cache shows what private folders hold, and one that others have made may be shared.
+        """
+        if self.is_local:
+            os.makedirs(self.root, mode=0o700, exist_ok=True)
 
     def write(self, path: str, data: bytes, durable: bool = True) -> None:
         """Put a file in place, replacing an older one of that name.
@@ -127,7 +215,7 @@ class Folder:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         aside = f"{target}.{uuid.uuid4().hex}.part"
         try:
-            with open(aside, "wb") as file:
+            with open(aside, "xb") as file:
                 file.write(data)
                 file.flush()
                 if durable:
@@ -224,7 +312,7 @@ class Folder:
             return
         target = f"{self.root}/{path}"
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        with open(target, "wb") as file:
+        with open_to_append(target) as file:
             # Some network file systems lock nothing; then the same work may be done twice.
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)

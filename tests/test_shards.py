@@ -22,12 +22,10 @@ from uploading import upload
 from gan_lib import images as images_module
 from gan_lib import shards
 from gan_lib.decoding import decode_image, read_boxes
-from gan_lib.errors import ParameterError, SourceError
+from gan_lib.errors import SourceError
 from gan_lib.images import CacheNotSharedError, SkippedFilesWarning, prepare_images
-from gan_lib.parameters import TrainingParameters
-from gan_lib.results import RunWriter
 from gan_lib.shards import INDEX, ShardedPixels, cut_into_shards, damaged_shards, read_index
-from gan_lib.storage import Folder, without_secrets
+from gan_lib.storage import Folder
 
 ANNOTATION = """<annotation><object><name>dog</name><bndbox>
 <xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object></annotation>"""
@@ -263,19 +261,6 @@ def test_links_and_other_odd_things(tmp_path: Path, cache: str) -> None:
     assert set(reasons) == {"nowhere.jpg", "itself.jpg", "circle", "above", "none", "pipe.jpg"}
     assert "leads nowhere" in reasons["nowhere.jpg"]
     assert "circle" in reasons["circle"]
-
-
-def test_a_credential_in_an_address_is_refused(tmp_path: Path) -> None:
-    address = "https://me:hunter2hunter2@example.org/dogs"
-    with pytest.raises(ParameterError, match="holds a credential") as caught:
-        TrainingParameters(source=address)
-    assert "hunter2" not in str(caught.value)
-    for call in (lambda: RunWriter(address), lambda: prepare_images(address, 16)):
-        with pytest.raises(ParameterError, match="holds a credential"):
-            call()
-    options = {"key": "AKIAEXAMPLE", "client_kwargs": {"aws_session_token": "token-of-mine"}}
-    said = without_secrets("AKIAEXAMPLE may not, nor token-of-mine", options)
-    assert said == "*** may not, nor ***"
 
 
 def test_wrong_keys_are_one_sentence(s3: str, tmp_path: Path) -> None:
