@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from threading import Lock
 from typing import Any, TypeVar
 
 import fsspec
+from dask.system import CPU_COUNT
 from fsspec.implementations.local import LocalFileSystem
 from obstore.exceptions import BaseError, GenericError, InvalidPathError
 
@@ -35,7 +35,7 @@ PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)
 # Their threads start when they are first needed. They are kept: starting anew for each shard
 # took a tenth of a preparation.
 _READERS = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="reading")
-_USERS = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="using")
+_USERS = ThreadPoolExecutor(CPU_COUNT, thread_name_prefix="using")
 
 
 def fetch_files(
@@ -64,7 +64,7 @@ def fetch_files(
     fs, root = source.open()
     read = _reader(fs)
     # A disk answers at once: threads beyond the cores would only wait for each other.
-    n_readers = (os.cpu_count() or 1) if isinstance(fs, LocalFileSystem) else IN_FLIGHT
+    n_readers = CPU_COUNT if isinstance(fs, LocalFileSystem) else IN_FLIGHT
     ahead = max(1, min(AHEAD, AHEAD_BYTES // max([1, *sizes])))
     results: list[_T | str] = [""] * len(paths)
     read_any = False

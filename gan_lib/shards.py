@@ -24,6 +24,7 @@ from threading import BoundedSemaphore
 from typing import Any
 
 import numpy as np
+from dask.system import CPU_COUNT
 
 from gan_lib import manifest
 from gan_lib.decoding import Box, decode_image, read_boxes
@@ -46,7 +47,7 @@ LARGEST_SHARD = 64 * 2**20
 
 # Images decoded at the same time, per process: more than there are cores would take no less
 # time, and 100 MB more for each large photograph. A worker may have more threads than that.
-_DECODERS = BoundedSemaphore(os.cpu_count() or 1)
+_DECODERS = BoundedSemaphore(CPU_COUNT)
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def _make_shard(work: Work, folder: Folder, sharing: int) -> dict[str, Any]:
             [f"{work.root}/{path}" for path in work.paths],
             work.sizes,
             lambda data, place: _decode(work, data, boxes[place]),
-            threads=max(1, (os.cpu_count() or 1) // sharing),
+            threads=max(1, CPU_COUNT // sharing),
         )
         for path, result in zip(work.paths, decoded, strict=True):
             if isinstance(result, str):
