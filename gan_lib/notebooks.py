@@ -22,7 +22,7 @@ from tqdm import tqdm
 from gan_lib import profiles
 from gan_lib.errors import NotebookError, ParameterError, RunError
 from gan_lib.profiles import CHECKOUT, notebook_parameters
-from gan_lib.progress import HEADLESS_VARIABLE, SECONDS_BETWEEN_LINES, parse_progress
+from gan_lib.progress import HEADLESS_VARIABLE, NOTE, SECONDS_BETWEEN_LINES, parse_progress
 from gan_lib.results import RUNS, open_run
 
 EXECUTED = CHECKOUT / "executed"
@@ -177,9 +177,15 @@ class _SeriesProgress:
 
     def cell_done(self) -> None:
         self._cells.update(1)
+        # What the cell was doing is done.
+        self._inner.set_description("")
+        self._inner.n = 0
+        self._inner.set_postfix_str("")
 
     def write(self, text: str) -> None:
         for line in text.splitlines():
+            if line.startswith(NOTE):
+                tqdm.write(f"  {line}", file=sys.stderr)
             state = parse_progress(line)
             if state is None:
                 continue

@@ -20,7 +20,7 @@ from gan_lib.storage import refuse_credentials
 IMAGE_SIZES = (16, 32, 64, 128, 256)
 CROPS = ("center", "squash", "box")
 DEVICES = ("auto", "cpu", "cuda")
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class TrainingParameters:
     # The machine
     seed: int = 0  # decides weights, latent vectors, order and augmentation
     device: str = "auto"  # "auto" takes CUDA where there is one; or "cpu", "cuda"
-    precision: str = "float32"  # or "bfloat16": autocast, faster where the hardware has it
+    # Not "auto": a run that was told nothing goes on, to the bit, as it began.
+    precision: str = "float32"  # "auto" takes bfloat16 where the hardware has it
 
     def __post_init__(self) -> None:
         for field in fields(self):

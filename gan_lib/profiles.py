@@ -91,8 +91,8 @@ def check_parameters(names: Sequence[str], values: Mapping[str, Any]) -> dict[st
         raise ParameterError(
             f"n_workers is {together['n_workers']}, expected 1 or more (0: one per GPU or core)"
         )
-    if together.get("short_epochs", 1) < 1:
-        raise ParameterError(f"short_epochs is {together['short_epochs']}, expected 1 or more")
+    if together.get("short_steps", 4) < 4:
+        raise ParameterError(f"short_steps is {together['short_steps']}, expected 4 or more")
     if "source" in together:
         check_source(together["source"])
         if "source" in checked:

@@ -10,6 +10,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,7 @@ from gan_lib.ranks import (
     LEAVE,
     Ranks,
     distribute,
+    has_bfloat16,
     pick_device,
     restarts_before,
     unwrap,
@@ -143,6 +145,9 @@ def train_gan(
                 training.load(state)
         if keeper is not None:
             info = _describe(training, batches, checksum)
+            if training.precision == "bfloat16" and not training.fast_bfloat16:
+                info["warning"] = EMULATED
+                warnings.warn(EMULATED, stacklevel=2)
             info["resumed"] = {"epoch": training.epoch, "damaged": damaged} if resume else None
             keeper.keep_parameters(info)
         result = _run_epochs(training, batches, keeper, records, show)
@@ -161,6 +166,10 @@ def train_gan(
 
 # The ranks compare losses, and hear of a request to stop, at least this often.
 STEPS_BETWEEN_EXCHANGES = 10
+EMULATED = (
+    "precision is bfloat16, but the hardware of some rank does not compute in it: it is emulated, "
+    "up to a hundred times slower. Take auto or float32, in a new run"
+)
 _DIVERGED = (
     "training has diverged. The last checkpoint is from before; lower lr_g and lr_d, or use "
     "precision float32, in a new run"
@@ -174,6 +183,10 @@ class _Training:
         p = self.parameters = parameters
         self.ranks = ranks
         self.device = device
+        # The same on all ranks: what one of them would emulate, the others would wait for.
+        self.fast_bfloat16 = all(ranks.gather(has_bfloat16(device)))
+        auto = "bfloat16" if self.fast_bfloat16 else "float32"
+        self.precision = auto if p.precision == "auto" else p.precision
         self.epoch = 0
         self.steps_done = 0  # of the epoch after that
         self.iteration = 0
@@ -204,7 +217,7 @@ class _Training:
         p = self.parameters
         seed = stream_seed(p.seed, LATENTS, self.iteration)
         z = latent_vectors(batch.n_total, p.nz, seed)[batch.share].to(self.device)
-        with autocast(self.device, p.precision):
+        with autocast(self.device, self.precision):
             fake = self.g(z)
         losses = discriminator_step(
             self.d,
@@ -214,10 +227,10 @@ class _Training:
             p.real_label,
             p.fake_label,
             batch.weight,
-            p.precision,
+            self.precision,
         )
         losses |= generator_step(
-            self.d, self.optimizer_g, fake, p.real_label, batch.weight, p.precision
+            self.d, self.optimizer_g, fake, p.real_label, batch.weight, self.precision
         )
         self.iteration += 1
         self.steps_done += 1
@@ -332,7 +345,7 @@ def _run_epochs(
     if keeper is not None:
         keeper.keep_status("training")
     stopwatch = Stopwatch()
-    with ProgressBar(todo, "training", "step", show=show) as bar:
+    with ProgressBar(todo, "training", "step", show=show, forecast=True) as bar:
         while training.epoch < p.epochs and not asked:
             leave = _run_steps(training, batches, keeper, records, stopwatch, bar)
             if training.steps_done < batches.steps_per_epoch:
@@ -427,6 +440,7 @@ def _describe(training: _Training, batches: Batches, images_sha256: str) -> dict
         "parameters": training.parameters.to_dict(),
         "world_size": training.ranks.world_size,
         "device": str(training.device),
+        "precision_taken": training.precision,
         "device_name": torch.cuda.get_device_name(training.device)
         if training.device.type == "cuda"
         else platform.processor() or platform.machine(),

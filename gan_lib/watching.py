@@ -41,21 +41,22 @@ def watch_run(run: Run, goes_on: Callable[[], bool]) -> None:
     steps_per_epoch, epochs = info["steps_per_epoch"], info["parameters"]["epochs"]
     total = steps_per_epoch * epochs
     told = 0
-    with ProgressBar(total, "training", "step") as bar:
+    with ProgressBar(total, "training", "step", forecast=True) as bar:
+        bar.note(info.get("warning", ""))
         while True:
             # Asked before the look, so that the last look comes after the end.
             going = goes_on()
             last = _newest_record(run)
             for sentence in run.status().restarts[told:]:
                 told += 1
-                print(f"{sentence}; going on from the last checkpoint", flush=True)
+                bar.note(f"{sentence}; going on from the last checkpoint")
             if last is not None:
                 # Between two records nobody knows more than the last one says; a run that ended
                 # well has also done the steps after it.
                 now = last["iteration"]
                 if not going and run.status().state == "finished":
                     now = last["epoch"] * steps_per_epoch
-                bar.update(now - bar.done, progress_text(last, epochs))
+                bar.update(now - bar.done, progress_text(last, epochs), last["time"])
                 picture.update()
             if not going:
                 picture.update(final=True)

@@ -85,7 +85,7 @@ def test_parameters_are_plain_and_explained(name: str) -> None:
                 "run",
                 "n_workers",
                 "address",
-                "short_epochs",
+                "short_steps",
                 "n_images",
                 "columns",
             }

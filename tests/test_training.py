@@ -8,12 +8,13 @@ import torch
 from distributed import Client
 from torch import nn
 
+from gan_lib import training
 from gan_lib.cluster import run_ranks
 from gan_lib.errors import DivergenceError, ParameterError, RunError
 from gan_lib.images import ImageSet
 from gan_lib.models import Discriminator, Generator, latent_vectors
 from gan_lib.parameters import TrainingParameters
-from gan_lib.ranks import distribute
+from gan_lib.ranks import distribute, has_bfloat16
 from gan_lib.results import open_run
 from gan_lib.steps import discriminator_step, gan_loss, generator_step
 from gan_lib.training import train_gan
@@ -152,7 +153,50 @@ def test_bfloat16_is_close_to_float32(tiny: TrainingParameters) -> None:
     assert rounded["loss_d"] == pytest.approx(exact["loss_d"], rel=0.02)
 
 
-def test_resume_is_bit_identical(tmp_path: Path, tiny: TrainingParameters) -> None:
+def test_auto_takes_what_the_hardware_computes_in(tmp_path: Path, tiny: TrainingParameters) -> None:
+    place = str(tmp_path / "run")
+    auto = train_gan(tiny.replace(precision="auto"), run=place)
+    taken = open_run(place).info()["precision_taken"]
+    assert taken == ("bfloat16" if has_bfloat16(torch.device("cpu")) else "float32")
+    assert auto.weights_sha256 == train_gan(tiny.replace(precision=taken)).weights_sha256
+
+
+def test_bfloat16_that_is_emulated_is_told(
+    tmp_path: Path,
+    tiny: TrainingParameters,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(training, "has_bfloat16", lambda device: False)
+    place = str(tmp_path / "run")
+    with pytest.warns(UserWarning, match="emulated, .* Take auto or float32"):
+        train_gan(tiny.replace(precision="bfloat16", epochs=1), run=place)
+    open_run(place).watch()
+    assert "note: precision is bfloat16" in capsys.readouterr().out
+
+
+def precision_with_one_slow_rank(parameters: TrainingParameters, run: str) -> str:
+    from unittest.mock import patch
+
+    import torch.distributed as dist
+
+    with patch.object(training, "has_bfloat16", lambda device: dist.get_rank() == 0):
+        return train_gan(parameters, run=run).weights_sha256
+
+
+def test_ranks_agree_on_a_precision(
+    client: Client, tmp_path: Path, tiny: TrainingParameters
+) -> None:
+    place = str(tmp_path / "run")
+    auto = tiny.replace(precision="auto", epochs=1)
+    first, second = run_ranks(client, precision_with_one_slow_rank, parameters=auto, run=place)
+    assert first == second
+    assert open_run(place).info()["precision_taken"] == "float32"
+
+
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+def test_resume_is_bit_identical(tmp_path: Path, tiny: TrainingParameters, precision: str) -> None:
+    tiny = tiny.replace(precision=precision)
     whole = train_gan(tiny, run=str(tmp_path / "whole"))
     half = str(tmp_path / "half")
     train_gan(tiny.replace(epochs=2), run=half)
