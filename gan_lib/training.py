@@ -10,7 +10,6 @@ import importlib.metadata
 import math
 import os
 import platform
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,8 +34,8 @@ from gan_lib.ranks import (
     LEAVE,
     Ranks,
     distribute,
-    has_bfloat16,
     pick_device,
+    pick_precision,
     restarts_before,
     unwrap,
     weights_checksum,
@@ -145,9 +144,6 @@ def train_gan(
                 training.load(state)
         if keeper is not None:
             info = _describe(training, batches, checksum)
-            if training.precision == "bfloat16" and not training.fast_bfloat16:
-                info["warning"] = EMULATED
-                warnings.warn(EMULATED, stacklevel=2)
             info["resumed"] = {"epoch": training.epoch, "damaged": damaged} if resume else None
             keeper.keep_parameters(info)
         result = _run_epochs(training, batches, keeper, records, show)
@@ -166,10 +162,6 @@ def train_gan(
 
 # The ranks compare losses, and hear of a request to stop, at least this often.
 STEPS_BETWEEN_EXCHANGES = 10
-EMULATED = (
-    "precision is bfloat16, but the hardware of some rank does not compute in it: it is emulated, "
-    "up to a hundred times slower. Take auto or float32, in a new run"
-)
 _DIVERGED = (
     "training has diverged. The last checkpoint is from before; lower lr_g and lr_d, or use "
     "precision float32, in a new run"
@@ -183,10 +175,7 @@ class _Training:
         p = self.parameters = parameters
         self.ranks = ranks
         self.device = device
-        # The same on all ranks: what one of them would emulate, the others would wait for.
-        self.fast_bfloat16 = all(ranks.gather(has_bfloat16(device)))
-        auto = "bfloat16" if self.fast_bfloat16 else "float32"
-        self.precision = auto if p.precision == "auto" else p.precision
+        self.precision, self.warning = pick_precision(p.precision, device, ranks)
         self.epoch = 0
         self.steps_done = 0  # of the epoch after that
         self.iteration = 0
@@ -441,6 +430,7 @@ def _describe(training: _Training, batches: Batches, images_sha256: str) -> dict
         "world_size": training.ranks.world_size,
         "device": str(training.device),
         "precision_taken": training.precision,
+        "warning": training.warning,
         "device_name": torch.cuda.get_device_name(training.device)
         if training.device.type == "cuda"
         else platform.processor() or platform.machine(),

@@ -8,13 +8,13 @@ import torch
 from distributed import Client
 from torch import nn
 
-from gan_lib import training
+from gan_lib import ranks
 from gan_lib.cluster import run_ranks
 from gan_lib.errors import DivergenceError, ParameterError, RunError
 from gan_lib.images import ImageSet
 from gan_lib.models import Discriminator, Generator, latent_vectors
 from gan_lib.parameters import TrainingParameters
-from gan_lib.ranks import distribute, has_bfloat16
+from gan_lib.ranks import distribute, speed_of_bfloat16
 from gan_lib.results import open_run
 from gan_lib.steps import discriminator_step, gan_loss, generator_step
 from gan_lib.training import train_gan
@@ -157,7 +157,9 @@ def test_auto_takes_what_the_hardware_computes_in(tmp_path: Path, tiny: Training
     place = str(tmp_path / "run")
     auto = train_gan(tiny.replace(precision="auto"), run=place)
     taken = open_run(place).info()["precision_taken"]
-    assert taken == ("bfloat16" if has_bfloat16(torch.device("cpu")) else "float32")
+    assert taken == (
+        "bfloat16" if speed_of_bfloat16(torch.device("cpu")) == "faster" else "float32"
+    )
     assert auto.weights_sha256 == train_gan(tiny.replace(precision=taken)).weights_sha256
 
 
@@ -167,7 +169,7 @@ def test_bfloat16_that_is_emulated_is_told(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(training, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(ranks, "speed_of_bfloat16", lambda device: "emulated")
     place = str(tmp_path / "run")
     with pytest.warns(UserWarning, match="emulated, .* Take auto or float32"):
         train_gan(tiny.replace(precision="bfloat16", epochs=1), run=place)
@@ -180,7 +182,8 @@ def precision_with_one_slow_rank(parameters: TrainingParameters, run: str) -> st
 
     import torch.distributed as dist
 
-    with patch.object(training, "has_bfloat16", lambda device: dist.get_rank() == 0):
+    speeds = ("faster", "slower")
+    with patch.object(ranks, "speed_of_bfloat16", lambda device: speeds[dist.get_rank()]):
         return train_gan(parameters, run=run).weights_sha256
 
 
