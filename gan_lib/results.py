@@ -16,14 +16,15 @@ half of one, and an epoch that is trained again replaces its own records.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
 import time
 import uuid
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,10 +32,13 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from gan_lib import manifest
 from gan_lib.checkpoints import Checkpoints, Position
-from gan_lib.errors import RunError
+from gan_lib.errors import RunError, describe
+from gan_lib.images import ImageSet, prepare_images
+from gan_lib.listing import resolve_source
 from gan_lib.models import Generator, generate_images
-from gan_lib.parameters import TrainingParameters
+from gan_lib.parameters import TrainingParameters, check_type, require_range
 from gan_lib.storage import Folder
 
 if TYPE_CHECKING:
@@ -150,8 +154,8 @@ class RunStatus:
         restarts: why it was started again, a sentence for each time.
     """
 
-    state: str
-    time: float
+    state: str = "waiting"
+    time: float = 0.0
     error: str = ""
     job: str = ""
     restarts: tuple[str, ...] = ()
@@ -159,6 +163,9 @@ class RunStatus:
 
 class Run:
     """A run directory, read only.
+
+    Anybody may have written it: what is not as it should be is a RunError, and what this
+    version of gan_lib does not know is passed over.
 
     Attributes:
         url: where it lives.
@@ -168,7 +175,8 @@ class Run:
     def __init__(self, url: str) -> None:
         self.url = url
         self._folder = Folder(url)
-        self.parameters = TrainingParameters.from_mapping(self.info()["parameters"])
+        told = self.info()["parameters"]
+        self.parameters = TrainingParameters(**{n: told[n] for n in TrainingParameters.names()})
 
     def __repr__(self) -> str:
         return f"<Run {self.url}: {self.status().state}, {len(self.epochs('records'))} epochs>"
@@ -177,22 +185,37 @@ class Run:
         """All of parameters.json: parameters, versions, world size, device, images.
 
         Raises:
-            RunError: if there is none.
+            RunError: if there is none, or it is damaged.
         """
         try:
-            return json.loads(self._folder.read(PARAMETERS))
+            data = self._folder.read(PARAMETERS)
         except FileNotFoundError:
             raise RunError(f"no run lives at {self.url}: it holds no {PARAMETERS}") from None
-        except ValueError as error:
-            raise RunError(f"{self.url}/{PARAMETERS} is damaged: {error}") from None
+        with self._understanding(PARAMETERS):
+            info = check_type("it", dict, json.loads(data))
+            told = check_type("parameters", dict, info.get("parameters"))
+            known = {name: told[name] for name in TrainingParameters.names() if name in told}
+            for name in {"images", "steps_per_epoch", "world_size"} & info.keys():
+                require_range(name, check_type(name, int, info[name]), 1, None)
+            return info | {"parameters": told | TrainingParameters(**known).to_dict()}
 
     def status(self) -> RunStatus:
-        """What the run was last heard to do."""
+        """What the run was last heard to do.
+
+        Raises:
+            RunError: if status.json is damaged.
+        """
         try:
-            told = json.loads(self._folder.read(STATUS))
+            data = self._folder.read(STATUS)
         except FileNotFoundError:
-            return RunStatus("waiting", 0.0)
-        return RunStatus(**told | {"restarts": tuple(told.get("restarts", ()))})
+            return RunStatus()
+        with self._understanding(STATUS):
+            told = check_type("it", dict, json.loads(data))
+            told["restarts"] = tuple(map(str, told.get("restarts", ())))
+            known = [field for field in fields(RunStatus) if field.name in told]
+            return RunStatus(
+                **{f.name: check_type(f.name, type(f.default), told[f.name]) for f in known}
+            )
 
     def epochs(self, kind: str) -> list[int]:
         """The epochs that have a file of this kind: "records", "samples" or "checkpoints"."""
@@ -205,21 +228,58 @@ class Run:
 
         Args:
             epochs: only these; None means all.
+
+        Raises:
+            RunError: if one of them has none, or its file is damaged.
         """
         chosen = self.epochs("records") if epochs is None else epochs
         lines: list[dict[str, Any]] = []
-        for data in self._read("records", chosen):
-            lines += [json.loads(line) for line in data.decode().splitlines()]
+        for epoch, data in zip(chosen, self._read("records", chosen), strict=True):
+            with self._understanding(epoch_path("records", epoch)):
+                lines += [_record(line) for line in data.decode().splitlines()]
         return pd.DataFrame(lines)
 
     def samples(self, epochs: Sequence[int] | None = None) -> dict[int, np.ndarray]:
-        """Epoch -> its picture, the same latent vectors in a grid: uint8, H x W x C."""
+        """Epoch -> its picture, the same latent vectors in a grid: uint8, H x W x C.
+
+        Raises:
+            RunError: if one of the epochs has none, or it is damaged.
+        """
         chosen = self.epochs("samples") if epochs is None else epochs
         pictures = {}
         for epoch, data in zip(chosen, self._read("samples", chosen), strict=True):
-            image = np.asarray(Image.open(io.BytesIO(data)))
+            with self._understanding(epoch_path("samples", epoch)):
+                # What is no PNG may be a program: Pillow has Ghostscript run EPS.
+                opened = Image.open(io.BytesIO(data), formats=("PNG",))
+                image = np.asarray(opened if opened.mode == "L" else opened.convert("RGB"))
             pictures[epoch] = image if image.ndim == 3 else image[..., None]
         return pictures
+
+    def images(self, source: str = "") -> ImageSet:
+        """The images that the run was trained on, prepared as they were then.
+
+        Args:
+            source: the run's own source, said again. It is needed where somebody else may have
+                written the run: its words decide what this process then reads.
+
+        Raises:
+            RunError: if it is needed and missing, or is another.
+            As `prepare_images`.
+        """
+        p = self.parameters
+        trusted = self._trusted_source(source)
+        return prepare_images(trusted, p.image_size, p.channels, p.crop, p.max_images)
+
+    def _trusted_source(self, said: str) -> str:
+        told = self.parameters.source
+        if said and resolve_source(said) != resolve_source(told):
+            raise RunError(f"{self.url} was trained on {told!r}, and source is {said!r}")
+        if said or told in manifest.sources() or self._folder.is_mine(PARAMETERS):
+            return told
+        raise RunError(
+            f"{self.url} may be somebody else's, and says that it was trained on {told!r}: if "
+            f"that is what is to be read here, say it again by source={told!r}"
+        )
 
     def positions(self) -> list[Position]:
         """Where in the run its checkpoints were taken, oldest first."""
@@ -253,7 +313,13 @@ class Run:
         """The generator as it was after an epoch, in eval mode on the CPU."""
         p = self.parameters
         generator = Generator(p.image_size, p.channels, p.nz, p.ngf, p.normalisation)
-        generator.load_state_dict(self.checkpoint(epoch)["generator"])
+        try:
+            generator.load_state_dict(self.checkpoint(epoch)["generator"])
+        except (KeyError, TypeError, RuntimeError):
+            raise RunError(
+                f"the checkpoint in {self.url} holds no generator of the size that {PARAMETERS} "
+                "says: open another epoch"
+            ) from None
         return generator.eval()
 
     def generate(self, n: int, epoch: int | str = "latest", seed: int = 0) -> np.ndarray:
@@ -269,21 +335,31 @@ class Run:
         if self.status().state in ("waiting", "training"):
             RunWriter(self.url).submit_result(STOP, "now" if now else "epoch")
 
-    def resume(self, client: Client, n_workers: int | None = None, **changes: Any) -> Job:
+    def resume(
+        self, client: Client, n_workers: int | None = None, source: str = "", **changes: Any
+    ) -> Job:
         """Go on from the newest checkpoint, on any cluster, with any number of workers.
 
         Args:
             client: of the cluster.
             n_workers: use only this many; None uses all.
+            source: as in `images`.
             **changes: parameters that may change, such as `epochs`.
 
         Raises:
+            RunError: if `source` is needed, or the run has parameters of another gan_lib.
             As `gan_lib.cluster.launch`.
         """
         # Reading a run needs no cluster.
         from gan_lib.cluster import launch
 
-        parameters = self.parameters.replace(**changes)
+        unknown = self.info()["parameters"].keys() - TrainingParameters.names()
+        if unknown:
+            raise RunError(
+                f"{self.url} has parameters that this gan_lib does not know "
+                f"({', '.join(sorted(unknown))}): resume it with the version that made it"
+            )
+        parameters = self.parameters.replace(source=self._trusted_source(source), **changes)
         return launch(client, parameters, self.url, n_workers=n_workers, resume=True)
 
     def watch(self) -> None:
@@ -291,6 +367,14 @@ class Run:
         from gan_lib.watching import watch_from_outside
 
         watch_from_outside(self)
+
+    @contextlib.contextmanager
+    def _understanding(self, path: str) -> Iterator[None]:
+        """Whatever is wrong with the content of a file becomes one sentence."""
+        try:
+            yield
+        except Exception as error:
+            raise RunError(f"{self.url}/{path} is damaged: {describe(error)}") from None
 
     def _read(self, kind: str, epochs: Sequence[int]) -> list[bytes]:
         paths = [epoch_path(kind, epoch) for epoch in epochs]
@@ -301,6 +385,16 @@ class Run:
             raise RunError(
                 f"{self.url} has no {kind} of epoch {epoch}: it has {_join(self.epochs(kind))}"
             ) from None
+
+
+def _record(line: str) -> dict[str, Any]:
+    record = check_type("a line", dict, json.loads(line))
+    for name in ("iteration", "epoch"):
+        check_type(name, int, record.get(name))
+    for name in (*LOSSES, "images_per_second", "time"):
+        if not isinstance(record.get(name), int | float):
+            raise ValueError(f"{name} is {record.get(name)!r}, expected a number")
+    return record
 
 
 def _join(epochs: Sequence[int]) -> str:

@@ -290,6 +290,11 @@ class Folder:
         self.fs.invalidate_cache()
         return self.fs.exists(f"{self.root}/{path}")
 
+    def is_mine(self, path: str) -> bool:
+        """Whether a file lies on this machine and belongs to this user."""
+        user = getattr(os, "geteuid", lambda: 0)()  # on Windows all belong to 0
+        return self.is_local and os.stat(f"{self.root}/{path}").st_uid == user
+
     def remove(self, path: str) -> None:
         """Delete a file, if it is there."""
         target = f"{self.root}/{path}"

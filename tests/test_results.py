@@ -1,7 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +20,11 @@ from gan_lib.cluster import launch
 from gan_lib.errors import RunError
 from gan_lib.models import render
 from gan_lib.parameters import TrainingParameters
+from gan_lib.practice import make_photographs
 from gan_lib.results import (
     LOSSES,
     Run,
+    RunStatus,
     RunWriter,
     create_run,
     image_grid,
@@ -87,6 +96,110 @@ def test_a_damaged_checkpoint_is_named(tiny: TrainingParameters, tmp_path: Path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(RunError, match=r"checkpoint of epoch 1 .* is damaged"):
         run.generator()
+
+
+ANSWERS: list[tuple[str, str, Callable[[Run], Any]]] = [
+    ("parameters.json", "[]", Run.info),
+    ("parameters.json", "{}", Run.info),
+    ("parameters.json", '{"parameters": {"epochs": "many"}}', Run.info),
+    ("parameters.json", '{"parameters": {}, "steps_per_epoch": 0}', Run.watch),
+    ("parameters.json", "[" * 100_000, Run.info),
+    ("status.json", "[]", Run.status),
+    ("status.json", "\0", Run.stop),
+    ("status.json", '{"state": 5}', Run.watch),
+    ("status.json", '{"state": "training", "time": null}', Run.watch),
+    ("status.json", '{"state": "finished", "restarts": 3}', Run.watch),
+    ("records/epoch_0001.jsonl", "[]", Run.records),
+    ("records/epoch_0001.jsonl", '{"iteration": 1, "epoch": "1"}', Run.records),
+    ("records/epoch_0001.jsonl", '{"iteration": 1, "epoch": 1, "loss_d": "low"}', Run.records),
+    ("samples/epoch_0001.png", "no picture", Run.samples),
+]
+
+
+@pytest.mark.parametrize(("path", "content", "ask"), ANSWERS)
+def test_what_others_have_written_wrongly_is_one_sentence(
+    run: Run, tmp_path: Path, path: str, content: str, ask: Callable[[Run], Any]
+) -> None:
+    copy = shutil.copytree(run.url, tmp_path / "run")
+    opened = open_run(str(copy))
+    (copy / path).write_text(content)
+    with pytest.raises(RunError, match=f"{path} is damaged: ") as caught:
+        ask(opened)
+    assert len(str(caught.value)) < 300
+
+
+def test_what_a_later_version_has_written_is_passed_over(
+    run: Run, tmp_path: Path, client: Client
+) -> None:
+    copy = shutil.copytree(run.url, tmp_path / "run")
+    told = json.loads((copy / "parameters.json").read_text()) | {"later": {"a": 1}}
+    told["parameters"]["lr_of_tomorrow"] = 3
+    (copy / "parameters.json").write_text(json.dumps(told))
+    status = {"state": "finished", "time": 5, "mood": ["good"], "restarts": ["once"]}
+    (copy / "status.json").write_text(json.dumps(status))
+    opened = open_run(str(copy))
+    assert opened.parameters == run.parameters
+    assert opened.status() == RunStatus("finished", 5.0, restarts=("once",))
+    opened.watch()
+    # But it cannot be gone on with as it was meant.
+    with pytest.raises(RunError, match=r"does not know \(lr_of_tomorrow\)"):
+        opened.resume(client)
+
+
+def test_a_checkpoint_of_other_networks_is_named(run: Run, tmp_path: Path) -> None:
+    copy = shutil.copytree(run.url, tmp_path / "run")
+    told = json.loads((copy / "parameters.json").read_text())
+    told["parameters"]["ngf"] = 16
+    (copy / "parameters.json").write_text(json.dumps(told))
+    with pytest.raises(RunError, match="no generator of the size"):
+        open_run(str(copy)).generator()
+
+
+def test_a_sample_that_is_no_png_starts_no_program(run: Run, tmp_path: Path) -> None:
+    """Pillow has Ghostscript run what calls itself EPS: here whatever is called `gs`."""
+    copy = shutil.copytree(run.url, tmp_path / "run")
+    (copy / "samples/epoch_0001.png").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    )
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    program.chmod(0o755)
+    code = "import sys; from gan_lib import open_run; open_run(sys.argv[1]).samples([1])"
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, copy], env=environment, capture_output=True, text=True
+    )
+    assert "RunError" in done.stderr
+    assert "epoch_0001.png is damaged" in done.stderr
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_source_in_the_words_of_somebody_else_is_said_again(
+    tiny: TrainingParameters, s3: str, tmp_path: Path, client: Client
+) -> None:
+    source = str(make_photographs(tmp_path / "photographs", 8, dirt=False))
+    parameters = tiny.replace(source=source, max_images=0)
+    # Who can write into a bucket is not known.
+    places = [f"{s3}/somebody-elses-{time.time_ns()}", str(tmp_path / "mine")]
+    for place in places:
+        create_run(place, parameters)
+    if os.geteuid() == 0:
+        places.insert(1, str(tmp_path / "theirs"))
+        create_run(places[1], parameters)
+        os.chown(tmp_path / "theirs" / "parameters.json", 1234, -1)
+    *others, mine = map(open_run, places)
+    for run in others:
+        for ask in (run.images, lambda run=run: run.resume(client, epochs=9)):
+            with pytest.raises(RunError, match=f"may be somebody else's.*{source}.*source="):
+                ask()
+        assert len(run.images(source=f"{source}/")) == 8
+        with pytest.raises(RunError, match="and source is"):
+            run.images(source=str(tmp_path))
+    assert len(mine.images()) == 8
+    # A name of data_manifest.json leads nowhere that is not known.
+    known = f"{s3}/known-{time.time_ns()}"
+    create_run(known, tiny)
+    assert len(open_run(known).images()) == 96
 
 
 def test_latest_is_the_newest(tiny: TrainingParameters, tmp_path: Path) -> None:
