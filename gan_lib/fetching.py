@@ -38,13 +38,17 @@ _READERS = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="reading")
 _USERS = ThreadPoolExecutor(CPU_COUNT, thread_name_prefix="using")
 
 
+class Unread(str):
+    """Why a file could not be read; another try may go better."""
+
+
 def fetch_files(
     source: Source,
     paths: Sequence[str],
     sizes: Sequence[int],
     use: Callable[[bytes, int], _T] = lambda data, _: data,  # type: ignore[assignment,return-value]
     threads: int = 1,
-) -> list[_T | str]:
+) -> list[_T | Unread]:
     """Read files, many at a time, and make something of each.
 
     Args:
@@ -56,7 +60,7 @@ def fetch_files(
         threads: in which `use` is called, the caller's among them.
 
     Returns:
-        For each path, in order: what `use` returned, or the reason why there are no bytes.
+        For each path, in order: what `use` returned, or an `Unread`.
 
     Raises:
         SourceError: if the source as a whole can no longer be read.
@@ -66,7 +70,7 @@ def fetch_files(
     # A disk answers at once: threads beyond the cores would only wait for each other.
     n_readers = CPU_COUNT if isinstance(fs, LocalFileSystem) else IN_FLIGHT
     ahead = max(1, min(AHEAD, AHEAD_BYTES // max([1, *sizes])))
-    results: list[_T | str] = [""] * len(paths)
+    results: list[_T | Unread] = [Unread()] * len(paths)
     read_any = False
 
     def use_some() -> None:
@@ -164,11 +168,11 @@ def _check_that_it_lists(
         raise cannot_be_read(source, error) from None
 
 
-def _reason(source: Source, error: Exception) -> str:
+def _reason(source: Source, error: Exception) -> Unread:
     if isinstance(error, FileNotFoundError):
-        return "vanished between listing and reading"
+        return Unread("vanished between listing and reading")
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return f"cannot be read: {source.clean(said) or type(error).__name__}"
+    return Unread(f"cannot be read: {source.clean(said) or type(error).__name__}")
 
 
 def _reader(fs: fsspec.AbstractFileSystem) -> Callable[[str, int], bytes | Exception]:

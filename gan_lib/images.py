@@ -23,21 +23,22 @@ import numpy as np
 from gan_lib import manifest
 from gan_lib.embedded import package_images
 from gan_lib.errors import ParameterError, SourceError
-from gan_lib.listing import find_source, list_files, no_images
+from gan_lib.listing import Listing, find_source, list_files, no_images
 from gan_lib.parameters import CROPS, check_type, require_choice, require_range
 from gan_lib.progress import ProgressBar
 from gan_lib.shards import (
     FORMAT,
-    ShardedPixels,
+    DamagedError,
     Work,
+    checksum,
     cut_into_shards,
+    finish,
     finished_shard,
     list_annotations,
+    make_index,
     make_shard,
-    open_shards,
+    open_pixels,
     read_index,
-    shard_info,
-    write_index,
 )
 from gan_lib.storage import (
     Folder,
@@ -54,10 +55,12 @@ if TYPE_CHECKING:
 _Made = Generator[tuple[Work, dict[str, Any] | SourceError], None, None]
 # A source of which a larger part is no image is hardly the one that was meant.
 MUCH = 0.1
+# Files that are read at once, at least, to make up for some that are no images.
+SPARE = 32
 
 
 class SkippedFilesWarning(UserWarning):
-    """More than a tenth of a source's files could not be used."""
+    """More than a tenth of a source's files could not be used, or some could not be read."""
 
 
 class CacheNotSharedError(SourceError):
@@ -69,15 +72,16 @@ class ImageSet:
     """Images of one size.
 
     Attributes:
-        pixels: uint8, N x H x W x C; an array, or one in shards.
+        pixels: uint8, N x H x W x C; of prepared images it is a file mapped into memory, which
+            is not to be written to.
         labels: int64, N; an index into `classes`.
         classes: names, in sorted order.
         skipped: pairs of URL and reason, for each file that is not among `pixels`.
         source: where they came from.
-        prepared: folder of the shards; empty if the pixels are in memory.
+        prepared: the folder in which they were prepared; empty if the pixels are in memory.
     """
 
-    pixels: np.ndarray | ShardedPixels
+    pixels: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = ()
@@ -152,7 +156,8 @@ def prepare_images(
         crop: "center" scales the shorter side and cuts the middle out; "squash" scales
             both sides and keeps everything; "box" cuts a square around the first
             annotated box of each image.
-        max_images: prepare this many, spread over all; 0 means all.
+        max_images: prepare this many, spread over all; 0 means all. For files that are no
+            images as many others are taken, spread over those that are left, and come last.
         storage_options: passed to the fsspec file system, e.g. `{"anon": True}` for S3.
         progress: show a progress bar, and what was skipped.
         client: of a Dask cluster, whose workers do it; None does it here, on all cores.
@@ -193,51 +198,120 @@ def prepare_images(
     }
     url = _place_in_cache(cache, source, told)
     folder = Folder(url)
-    index = read_index(folder)
-    if index is None:
-        if max_images and max_images < len(files.paths):
-            files = files.chosen(evenly_spread(max_images, len(files.paths)).tolist())
-        works = cut_into_shards(files, image_size, channels, crop, annotations)
-        try:
+    try:
+        index = _finished(folder)
+        if index is None:
             Folder(absolute(cache) if cache is not None else cache_home()).make_private()
-            shards = _make_shards(works, folder, client, progress)
-            if not any(shard["count"] for shard in shards):
-                raise no_images(files, [why for shard in shards for _, why in shard["skipped"]])
-            index = write_index(folder, files, shards, told)
-        except OSError as error:
-            raise SourceError(
-                f"the prepared images cannot be written to {url}: {error}. Name a place that can "
-                "be written as cache= or in the environment variable GAN_LIB_CACHE, or make room"
-            ) from None
-    images = open_prepared(url, index)
-    _tell_what_was_skipped(images, index["files"], progress)
+            with folder.locked("preparing.lock", "*"):
+                index = _prepare(folder, files, annotations, told, client, progress)
+    except OSError as error:
+        raise SourceError(
+            f"the prepared images cannot be written to {url}: {error}. Name a place that can "
+            "be written as cache= or in the environment variable GAN_LIB_CACHE, or make room"
+        ) from None
+    images = _opened(url, folder, index)
+    _tell_what_was_skipped(images, index, progress)
     return replace(images, source=source)
 
 
-def open_prepared(url: str, index: dict[str, Any] | None = None) -> ImageSet:
-    """Open images that were prepared before, by the folder of their shards.
+def open_prepared(url: str) -> ImageSet:
+    """Open images that were prepared before, by the folder in which they were.
 
     Raises:
-        SourceError: if they are not there.
+        SourceError: if they are not there, or damaged.
     """
     folder = Folder(url)
-    index = index or read_index(folder)
+    index = read_index(folder)
     if index is None:
         raise SourceError(
             f"there are no prepared images at {url}: give a cache that all workers reach, such "
             "as s3://bucket/cache, as cache= or in the environment variable GAN_LIB_CACHE"
         )
-    digest = hashlib.sha256(json.dumps([index["shards"], index["labels"]]).encode())
+    return _opened(url, folder, index)
+
+
+def _opened(url: str, folder: Folder, index: dict[str, Any]) -> ImageSet:
     labels = [np.full(n, label, np.int64) for label, n in index["labels"]]
     return ImageSet(
-        pixels=open_shards(folder, index),
+        pixels=open_pixels(folder, index),
         labels=np.concatenate(labels),
         classes=tuple(index["classes"]),
         skipped=tuple((path, why) for path, why in index["skipped"]),
         source=index["source"],
         prepared=url,
-        _checksum=digest.hexdigest(),
+        _checksum=checksum(index),
     )
+
+
+def _finished(folder: Folder) -> dict[str, Any] | None:
+    """The index of a preparation to which nothing is missing; None if there is none."""
+    index = read_index(folder)
+    if index is None or index["unread"]:
+        return None
+    try:
+        open_pixels(folder, index)
+    except DamagedError:
+        return None
+    return index
+
+
+def _prepare(
+    folder: Folder,
+    files: Listing,
+    annotations: Listing | None,
+    told: dict[str, Any],
+    client: Client | None,
+    progress: bool,
+) -> dict[str, Any]:
+    """Make what is missing of a preparation, and return its index."""
+    for last in (False, True):
+        # Another process may have done it by now, on another machine too.
+        index = _finished(folder)
+        if index is not None:
+            break
+        tried, shards = _make_enough(folder, files, annotations, told, client, progress)
+        if not any(shard["count"] for shard in shards):
+            found = [why for shard in shards for _, why in shard["skipped"] + shard["unread"]]
+            raise no_images(tried, found)
+        index = make_index(tried, shards, told)
+        try:
+            finish(folder, index)
+            break
+        except DamagedError:
+            if last:
+                raise
+    return index
+
+
+def _make_enough(
+    folder: Folder,
+    files: Listing,
+    annotations: Listing | None,
+    told: dict[str, Any],
+    client: Client | None,
+    progress: bool,
+) -> tuple[Listing, list[dict[str, Any]]]:
+    """The shards of all files, or of so many that `max_images` come out; and those files."""
+    untried = np.arange(len(files.paths))
+    tried: list[int] = []
+    shards: list[dict[str, Any]] = []
+    missing = told["max_images"] or len(untried)
+    while missing > 0 and len(untried):
+        # A few more than are missing, so that a folder without enough is soon gone through.
+        n = min(max(missing, SPARE if tried else 0), len(untried))
+        chosen = evenly_spread(n, len(untried))
+        some = untried[chosen].tolist()
+        untried = np.delete(untried, chosen)
+        tried += some
+        works = cut_into_shards(
+            files.chosen(some), told["image_size"], told["channels"], told["crop"], annotations,
+            first=len(shards),
+        )  # fmt: skip
+        shards += _make_shards(works, folder, client, progress)
+        # What could not be read is tried again by the next call, and needs no other in its place.
+        n_made = sum(shard["count"] + len(shard["unread"]) for shard in shards)
+        missing = told["max_images"] - n_made if n_made else 0
+    return files.chosen(tried), shards
 
 
 def _place_in_cache(cache: str | None, source: str, told: dict[str, Any]) -> str:
@@ -300,7 +374,7 @@ def _on_workers(client: Client, works: Sequence[Work], folder: Folder) -> _Made:
             work = by_key[future.key]
             # The shard's own file says as much as the task's result, which would come through
             # three event loops.
-            yield work, shard_info(folder, work) or future.result()
+            yield work, finished_shard(folder, work) or future.result()
     finally:
         client.cancel(futures)
 
@@ -321,16 +395,18 @@ def _check_that_workers_reach(client: Client, folder: Folder) -> None:
         folder.remove(marker)
 
 
-def _tell_what_was_skipped(images: ImageSet, n_files: int, progress: bool) -> None:
+def _tell_what_was_skipped(images: ImageSet, index: dict[str, Any], progress: bool) -> None:
     if not images.skipped:
         return
     reasons = Counter(why for _, why in images.skipped).most_common(3)
     most = ", ".join(f"{n} x {why}" for why, n in reasons)
     line = (
-        f"{len(images.skipped):,} of {n_files:,} files skipped ({most}; "
+        f"{len(images.skipped):,} of {index['files']:,} files skipped ({most}; "
         f"all are listed in `skipped`), {len(images):,} images prepared"
     )
-    if len(images.skipped) > MUCH * n_files:
+    if index["unread"]:
+        line += f"; the next call tries the {index['unread']:,} again that could not be read"
+    if index["unread"] or len(images.skipped) > MUCH * index["files"]:
         warnings.warn(f"{images.source}: {line}", SkippedFilesWarning, stacklevel=3)
     elif progress:
         print(line)

@@ -1,12 +1,15 @@
-"""Decode once: the images of a source as shards of pixels, in a folder that is opened again.
+"""Decode once: the images of a source as one array, in a folder that is opened again.
 
     index.json          what was prepared, the SHA-256 of each shard, what was skipped
-    shard_0007.npy      uint8, n x H x W x C
+    pixels-1f2e3d.npy   uint8, N x H x W x C: all images, mapped into memory by whoever opens them
+    shard_0007.npy      uint8, n x H x W x C: some of them
     shard_0007.json     which files those are; written last, so its presence says "done"
 
 A shard depends on nothing but its own files. So any number of processes can
 make shards at once, an interrupted preparation goes on with those that are
-missing, and two that are made twice are equal.
+missing, and two that are made twice are equal. On this machine the shards go
+once they are put together; in a folder elsewhere they stay, and each machine
+puts them together in a cache of its own.
 """
 
 from __future__ import annotations
@@ -14,11 +17,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, pairwise
 from threading import BoundedSemaphore
 from typing import Any
@@ -30,13 +36,13 @@ from gan_lib import manifest
 from gan_lib.decoding import Box, decode_image, read_boxes
 from gan_lib.downloading import fetched_folder
 from gan_lib.errors import SourceError
-from gan_lib.fetching import fetch_files
+from gan_lib.fetching import Unread, fetch_files
 from gan_lib.listing import Listing, Source, find_source, list_files
 from gan_lib.storage import Folder, local_cache
 
 # Raised when other pixels come out of the same files, or other shards: what was prepared before
 # is not opened.
-FORMAT = 4
+FORMAT = 5
 INDEX = "index.json"
 # A source is cut into so many shards, for as many workers and for going on where it stopped ...
 SHARDS = 64
@@ -44,10 +50,28 @@ SHARDS = 64
 # costs as much as so many bytes more), nor so large that it fills a worker (in bytes of pixels).
 SMALLEST_SHARD, COST_OF_FILE = 6 * 2**20, 8 * 2**10
 LARGEST_SHARD = 64 * 2**20
+# What an index says is not believed: a shard has a name of this form, or is not opened.
+_SHARD = re.compile(r"shard_\d{4,}\.npy")
+# What is of no use any more once there is one file of all pixels.
+_PARTS = re.compile(r"(shard_\d{4,}|pixels-[0-9a-f]{32})\.(npy|json|npy\.lock)")
+# Shards read and checked at the same time, as they are put together.
+_AT_ONCE = 8
 
 # Images decoded at the same time, per process: more than there are cores would take no less
 # time, and 100 MB more for each large photograph. A worker may have more threads than that.
 _DECODERS = BoundedSemaphore(CPU_COUNT)
+
+
+class DamagedError(SourceError):
+    """Shards are not there, or not what the index says.
+
+    Attributes:
+        files: the names of the shards.
+    """
+
+    def __init__(self, message: str, files: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.files = files
 
 
 @dataclass(frozen=True)
@@ -87,9 +111,17 @@ class Work:
 
 
 def cut_into_shards(
-    files: Listing, image_size: int, channels: int, crop: str, annotations: Listing | None = None
+    files: Listing,
+    image_size: int,
+    channels: int,
+    crop: str,
+    annotations: Listing | None = None,
+    first: int = 0,
 ) -> list[Work]:
-    """The work that makes the shards of these files; the same for the same files."""
+    """The work that makes the shards of these files; the same for the same files.
+
+    `first` is the number of the first shard.
+    """
     n = len(files.paths)
     n_shards = min(SHARDS, -(-(sum(files.sizes) + n * COST_OF_FILE) // SMALLEST_SHARD))
     n_shards = max(n_shards, -(-n * image_size * image_size * channels // LARGEST_SHARD))
@@ -103,7 +135,7 @@ def cut_into_shards(
         }
         boxes = [by_image.get(os.path.splitext(path)[0], ("", 0)) for path in files.paths]
     works = []
-    for number, (start, stop) in enumerate(pairwise(starts)):
+    for number, (start, stop) in enumerate(pairwise(starts), first):
         part = slice(start, stop)
         work = Work(
             number, files.source, files.root, files.paths[part], files.sizes[part],
@@ -133,40 +165,25 @@ def make_shard(work: Work, url: str, sharing: int = 1) -> dict[str, Any] | Sourc
         read. (Returned, because Dask logs what a task raises, with its arguments.)
     """
     folder = Folder(url)
-    with folder.locked(f"{work.name}.lock", f"{work.name}.*"):
-        done = finished_shard(folder, work)
-        if done is not None:
-            return done
-        # What says "done" of a damaged shard is not to be believed while it is made again.
-        folder.remove(f"{work.name}.json")
-        try:
-            return _make_shard(work, folder, sharing)
-        except SourceError as error:
-            return error
-
-
-def shard_info(folder: Folder, work: Work) -> dict[str, Any] | None:
-    """The content of a shard's .json; None if the shard is not done."""
     try:
-        return json.loads(folder.read(f"{work.name}.json"))
-    except (FileNotFoundError, ValueError):
-        return None
+        return finished_shard(folder, work) or _make_shard(work, folder, sharing)
+    except SourceError as error:
+        return error
 
 
 def finished_shard(folder: Folder, work: Work) -> dict[str, Any] | None:
-    """The content of a shard's .json, if the shard is complete and undamaged."""
-    info = shard_info(folder, work)
-    if info is None:
-        return None
-    if not folder.is_local:
-        # An object store keeps an object whole, and reading it may cross a network.
-        return info if folder.size(f"{work.name}.npy") == info["bytes"] else None
+    """The content of a shard's .json, if the shard is there and has all of its files.
+
+    Whether its bytes are the right ones is seen when the shards are put together.
+    """
     try:
-        # A loss of power may have taken what was not yet on the disk.
-        found = hashlib.sha256(folder.read(f"{work.name}.npy")).hexdigest()
-    except FileNotFoundError:
+        info = json.loads(folder.read(f"{work.name}.json"))
+        # Files that could not be read are in neither.
+        files = sorted([*info["paths"], *(path for path, _ in info["skipped"])])
+    except (FileNotFoundError, ValueError):
         return None
-    return info if found == info["sha256"] else None
+    whole = files == sorted(work.paths) and folder.size(f"{work.name}.npy") == info["bytes"]
+    return info if whole else None
 
 
 def _make_shard(work: Work, folder: Folder, sharing: int) -> dict[str, Any]:
@@ -174,6 +191,7 @@ def _make_shard(work: Work, folder: Folder, sharing: int) -> dict[str, Any]:
     pixels = np.empty(shape, np.uint8)
     kept: list[str] = []
     skipped: list[tuple[str, str]] = []
+    unread: list[tuple[str, str]] = []
     boxes = _boxes(work)
     with warnings.catch_warnings():
         # What is wrong with a file is the reason why it is skipped, or does not matter here.
@@ -187,14 +205,14 @@ def _make_shard(work: Work, folder: Folder, sharing: int) -> dict[str, Any]:
         )
         for path, result in zip(work.paths, decoded, strict=True):
             if isinstance(result, str):
-                skipped.append((path, result))
+                (unread if isinstance(result, Unread) else skipped).append((path, result))
             else:
                 pixels[len(kept)] = result
                 kept.append(path)
     buffer = io.BytesIO()
     np.save(buffer, pixels[: len(kept)])
     data = buffer.getvalue()
-    # Waiting for the disk, shard by shard, took a fifth of the time: `write_index` does it once.
+    # Waiting for the disk, shard by shard, took a fifth of the time: it is done once, for all.
     folder.write(f"{work.name}.npy", data, durable=False)
     info = {
         "file": f"{work.name}.npy",
@@ -203,6 +221,7 @@ def _make_shard(work: Work, folder: Folder, sharing: int) -> dict[str, Any]:
         "sha256": hashlib.sha256(data).hexdigest(),
         "paths": kept,
         "skipped": skipped,
+        "unread": unread,
     }
     folder.write(f"{work.name}.json", json.dumps(info).encode(), durable=False)
     return info
@@ -242,26 +261,24 @@ def _decode(work: Work, data: bytes, box: Box | str | None) -> np.ndarray | str:
     return box if isinstance(box, str) else pixels
 
 
-def write_index(
-    folder: Folder, files: Listing, shards: Sequence[dict[str, Any]], told: dict[str, Any]
+def make_index(
+    files: Listing, shards: Sequence[dict[str, Any]], told: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Finish a preparation: what there is, in index.json.
+    """What index.json says of a preparation.
 
     Args:
-        folder: of the preparation.
         files: that were prepared.
         shards: what `make_shard` returned, in order.
-        told: goes into the index as it is.
-
-    Returns:
-        The index.
+        told: goes into the index as it is; `max_images` of it are kept, if it is not 0.
     """
     names = [files.class_of(path) for shard in shards for path in shard["paths"]]
+    names = names[: told["max_images"] or None]
     classes = sorted(set(names))
     number = {name: i for i, name in enumerate(classes)}
     fs, _ = files.source.open()
-    skipped = [*files.skipped, *(pair for shard in shards for pair in shard["skipped"])]
-    index = {
+    unread = [pair for shard in shards for pair in shard["unread"]]
+    skipped = [*files.skipped, *(pair for shard in shards for pair in shard["skipped"]), *unread]
+    return {
         "format": FORMAT,
         **told,
         "count": len(names),
@@ -278,117 +295,126 @@ def write_index(
             (files.source.clean(fs.unstrip_protocol(f"{files.root}/{path}")), why)
             for path, why in sorted(map(tuple, skipped))
         ],
+        # So many of them could not be read, and are worth another try.
+        "unread": len(unread),
     }
-    # A folder with an index is whole, also after a loss of power.
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(folder.flush, [shard["file"] for shard in index["shards"]]))
+
+
+def finish(folder: Folder, index: dict[str, Any]) -> None:
+    """Put the shards together, and write the index that says so.
+
+    Raises:
+        DamagedError: if that cannot be done, because shards are damaged; they count as not done.
+    """
+    try:
+        open_pixels(folder, index)
+    except DamagedError as error:
+        for file in error.files:
+            folder.remove(file.replace(".npy", ".json"))
+        raise
+    # A folder with an index is whole, also after a loss of power: so are the pixels by now.
     folder.write(INDEX, json.dumps(index, indent=1).encode())
-    return index
+    # Another call tries the files again that could not be read, and needs the shards for it.
+    if folder.is_local and not index["unread"]:
+        for name in folder.names(""):
+            if _PARTS.fullmatch(name) and name != _pixels_name(index):
+                folder.remove(name)
 
 
 def read_index(folder: Folder) -> dict[str, Any] | None:
-    """The index of a finished preparation; None if there is none, or a shard of it is missing."""
+    """The index of a preparation; None if there is none that can be used."""
     try:
         index = json.loads(folder.read(INDEX))
     except (FileNotFoundError, ValueError):
         return None
     if index.get("format") != FORMAT:
         return None
-    # Elsewhere each shard is checked when it is copied here.
-    checked = index["shards"] if folder.is_local else []
-    whole = all(folder.size(shard["file"]) == shard["bytes"] for shard in checked)
-    return index if whole else None
+    return index if all(_SHARD.fullmatch(shard["file"]) for shard in index["shards"]) else None
 
 
-def open_shards(folder: Folder, index: dict[str, Any]) -> ShardedPixels:
-    """Map the shards into memory; from elsewhere they are first copied to this machine's cache.
+def checksum(index: Mapping[str, Any]) -> str:
+    """SHA-256 that is equal for equal pixels and labels, if they lie in equal shards."""
+    return hashlib.sha256(json.dumps([index["shards"], index["labels"]]).encode()).hexdigest()
+
+
+def _pixels_name(index: Mapping[str, Any]) -> str:
+    # Pixels of another index have another name, so an old copy is never taken for them.
+    return f"pixels-{checksum(index)[:32]}.npy"
+
+
+def open_pixels(folder: Folder, index: dict[str, Any]) -> np.ndarray:
+    """All images: uint8, N x H x W x C, mapped into memory and not to be written to.
+
+    From shards they are put together first, in the folder, or in this machine's cache if the
+    folder is elsewhere.
 
     Raises:
-        SourceError: if a copy is not what the index says.
+        DamagedError: if a shard that is needed for it is not what the index says.
     """
     if not folder.is_local:
         Folder(local_cache()).make_private()
-        copy = Folder(os.path.join(local_cache(), "copies", os.path.basename(folder.root)))
-        with copy.locked("copying.lock", "*"), ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda shard: _copy_shard(folder, copy, shard), index["shards"]))
-        folder = copy
-    return ShardedPixels(
-        [np.load(f"{folder.root}/{s['file']}", mmap_mode="r") for s in index["shards"]]
+    home = folder if folder.is_local else Folder(os.path.join(local_cache(), "copies"))
+    name = _pixels_name(index)
+    shape = (index["count"], index["image_size"], index["image_size"], index["channels"])
+    pixels = _mapped(f"{home.root}/{name}", shape)
+    if pixels is None:
+        with home.locked(f"{name}.lock", name):
+            # Another process may have done it meanwhile.
+            pixels = _mapped(f"{home.root}/{name}", shape)
+            if pixels is None:
+                home.write(name, _together(folder, index["shards"], shape))
+                pixels = _mapped(f"{home.root}/{name}", shape)
+    assert pixels is not None
+    return pixels
+
+
+def _mapped(path: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """An array in a file; None if it is not there, or not whole."""
+    try:
+        found = np.load(path, mmap_mode="r")
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+    # As a plain array: indexing a memmap makes a memmap, at ten times the cost.
+    return np.asarray(found) if (found.shape, found.dtype) == (shape, np.uint8) else None
+
+
+def _together(
+    folder: Folder, shards: Sequence[dict[str, Any]], shape: tuple[int, ...]
+) -> Iterator[bytes | memoryview]:
+    """A .npy file of the pixels of all shards, part by part."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": shape}
     )
-
-
-def _copy_shard(folder: Folder, copy: Folder, shard: dict[str, Any]) -> None:
-    if copy.size(shard["file"]) == shard["bytes"]:
-        return
-    data = folder.read(shard["file"])
-    if hashlib.sha256(data).hexdigest() != shard["sha256"]:
-        raise SourceError(
-            f"{folder.url}/{shard['file']} is damaged: its SHA-256 is not that of the index. "
-            "Delete the file, and prepare the images again"
+    yield header.getvalue()
+    left, damaged = math.prod(shape), []
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for start in range(0, len(shards), _AT_ONCE):
+            some = shards[start : start + _AT_ONCE]
+            for shard, data in zip(some, pool.map(partial(_read_shard, folder), some), strict=True):
+                n_bytes = shard["count"] * math.prod(shape[1:])
+                if data is None or len(data) < n_bytes:
+                    damaged.append(shard["file"])
+                else:
+                    yield memoryview(data)[len(data) - n_bytes :][: max(left, 0)]
+                    left -= n_bytes
+    if damaged or left > 0:
+        files = damaged or [INDEX]
+        raise DamagedError(
+            f"the prepared images at {folder.url} are damaged ({', '.join(files[:3])}: missing, or "
+            f"not what {INDEX} says): call prepare_images again with the same source and cache, "
+            "which makes them anew",
+            files,
         )
-    copy.write(shard["file"], data)
 
 
-def damaged_shards(folder: Folder, index: dict[str, Any]) -> list[str]:
-    """The shards whose bytes are not those that the index names."""
-    found = []
-    for shard in index["shards"]:
-        try:
-            data = folder.read(shard["file"])
-        except FileNotFoundError:
-            data = b""
-        if hashlib.sha256(data).hexdigest() != shard["sha256"]:
-            found.append(shard["file"])
-    return found
-
-
-class ShardedPixels:
-    """Several arrays of images as one: uint8, N x H x W x C.
-
-    It has the shape of an array and is indexed like one along its first axis;
-    `numpy.asarray` copies it into memory.
-
-    Args:
-        shards: arrays of equal H x W x C; usually memory maps.
-    """
-
-    def __init__(self, shards: Sequence[np.ndarray]) -> None:
-        # As plain arrays: indexing a memmap makes a memmap, at ten times the cost.
-        self._shards = [np.asarray(shard) for shard in shards]
-        self._stops = np.cumsum([len(shard) for shard in self._shards])
-        self.dtype = self._shards[0].dtype
-        self.shape = (int(self._stops[-1]), *self._shards[0].shape[1:])
-        self.ndim = len(self.shape)
-        self.nbytes = sum(shard.nbytes for shard in self._shards)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for shard in self._shards:
-            yield from shard
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.concatenate(self._shards).astype(dtype or self.dtype, copy=False)
-
-    def __getitem__(self, key: int | slice | np.ndarray | Sequence[int]) -> np.ndarray:
-        if isinstance(key, int | np.integer):
-            return self[np.array([key])][0]
-        if isinstance(key, slice):
-            key = np.arange(*key.indices(len(self)))
-        indices = np.asarray(key)
-        if indices.dtype == bool:
-            indices = np.flatnonzero(indices)
-        if len(indices) and not (-len(self) <= indices.min() and indices.max() < len(self)):
-            raise IndexError(f"an index is outside the {len(self)} images")
-        indices = indices.astype(np.int64) % len(self)
-        numbers = np.searchsorted(self._stops, indices, side="right")
-        rows = indices - np.append(0, self._stops)[numbers]
-        out = np.empty((len(indices), *self.shape[1:]), self.dtype)
-        # An image is some kilobytes in one piece: a plain loop copies as fast as memory allows.
-        for i, (number, row) in enumerate(zip(numbers.tolist(), rows.tolist(), strict=True)):
-            out[i] = self._shards[number][row]
-        return out
+def _read_shard(folder: Folder, shard: Mapping[str, Any]) -> bytes | None:
+    """The bytes of a shard's file; None if they are not those that the index names."""
+    try:
+        data = folder.read(shard["file"])
+    except FileNotFoundError:
+        return None
+    return data if hashlib.sha256(data).hexdigest() == shard["sha256"] else None
 
 
 def list_annotations(source: Source, annotation: str | None) -> Listing:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
+import platform
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote
@@ -28,6 +30,8 @@ except ImportError:  # not on Windows, where two processes may do the same work 
 
 # Where prepared images go unless the caller says otherwise: a path, or the URL of a `Folder`.
 CACHE_VARIABLE = "GAN_LIB_CACHE"
+# Part of the name of a file that is being written.
+_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:12]
 # Stores that show an object only once it is complete. Others write in place, where a reader
 # would see half a file.
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
@@ -199,24 +203,27 @@ class Folder:
         if self.is_local:
             os.makedirs(self.root, mode=0o700, exist_ok=True)
 
-    def write(self, path: str, data: bytes, durable: bool = True) -> None:
+    def write(
+        self, path: str, data: bytes | Iterable[bytes | memoryview], durable: bool = True
+    ) -> None:
         """Put a file in place, replacing an older one of that name.
 
         Args:
             path: below the folder.
-            data: its whole content.
-            durable: wait until it would survive a loss of power; if not, `flush` does later.
+            data: its whole content, or the parts of it one after the other.
+            durable: wait until it would survive a loss of power.
         """
         target = f"{self.root}/{path}"
+        parts = [data] if isinstance(data, bytes) else data
         if not self.is_local:
             # An object store shows an object only once it is complete.
-            self.fs.pipe_file(target, data)
+            self.fs.pipe_file(target, b"".join(parts))
             return
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        aside = f"{target}.{uuid.uuid4().hex}.part"
+        aside = f"{target}.{_MACHINE}.{uuid.uuid4().hex}.part"
         try:
             with open(aside, "xb") as file:
-                file.write(data)
+                file.writelines(parts)
                 file.flush()
                 if durable:
                     os.fsync(file.fileno())
@@ -235,14 +242,8 @@ class Folder:
         """
         if self.is_local:
             for pattern in patterns:
-                for left in Path(self.root).glob(f"{pattern}.{'[0-9a-f]' * 32}.part"):
+                for left in Path(self.root).glob(f"{pattern}.*{'[0-9a-f]' * 32}.part"):
                     left.unlink(missing_ok=True)
-
-    def flush(self, path: str) -> None:
-        """Wait until a file that was written would survive a loss of power."""
-        if self.is_local:
-            with open(f"{self.root}/{path}", "rb") as file:
-                os.fsync(file.fileno())
 
     def read(self, path: str) -> bytes:
         """The content of a file.
@@ -310,7 +311,8 @@ class Folder:
         Args:
             path: of the lock, below the folder.
             patterns: files that are only written under this lock, as in `remove_unfinished`,
-                which is done first.
+                which is done first for what this machine has written: another may not see the
+                lock, and still write.
         """
         if not self.is_local or fcntl is None:
             yield
@@ -321,5 +323,5 @@ class Folder:
             # Some network file systems lock nothing; then the same work may be done twice.
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
-                self.remove_unfinished(*patterns)
+                self.remove_unfinished(*(f"{pattern}.{_MACHINE}" for pattern in patterns))
             yield

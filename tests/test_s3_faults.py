@@ -17,7 +17,7 @@ from fault_proxy import FaultProxy, fault_proxy
 from test_shards import make_folder
 from uploading import upload
 
-from gan_lib import fetching, images, object_store
+from gan_lib import fetching, images, object_store, shards
 from gan_lib.errors import SourceError
 from gan_lib.images import SkippedFilesWarning, prepare_images
 
@@ -132,7 +132,11 @@ def test_a_damaged_shard_is_not_taken_for_done(
             dogs[0], 16, storage_options=options(proxy), cache=cache, client=own_client
         )
 
-    whole = prepare()
+    # Shards stay as long as one of them lacks a file.
+    monkeypatch.setattr(shards, "SMALLEST_SHARD", 8 * shards.COST_OF_FILE)
+    proxy.faults, proxy.times = {"b019.png": "expired"}, 10**6
+    with pytest.warns(SkippedFilesWarning, match="tries the 1 again"):
+        whole = prepare()
     Path(whole.prepared, "shard_0000.npy").write_bytes(b"damaged")
     # It would have to be made again, and that fails.
     after_listing(monkeypatch, lambda: proxy.faults.update({"*": "expired"}))

@@ -17,7 +17,7 @@ from gan_lib.images import prepare_images
 from gan_lib.listing import check_source
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results import open_run
-from gan_lib.shards import open_shards, read_index
+from gan_lib.shards import open_pixels, read_index
 from gan_lib.storage import Folder, refuse_credentials, without_secrets
 
 SECRET = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
@@ -148,13 +148,13 @@ def test_a_link_in_the_place_of_a_lock_is_not_followed(photographs: str, tmp_pat
     prepared = Path(prepare_images(photographs, 16, cache=str(tmp_path / "shared")).prepared)
     for path in prepared.iterdir():
         path.unlink()
-    (prepared / "shard_0000.lock").symlink_to(precious)
+    (prepared / "preparing.lock").symlink_to(precious)
     with pytest.raises(ValueError, match=r"cannot be written to .*symbolic link"):
         prepare_images(photographs, 16, cache=str(tmp_path / "shared"))
     assert precious.read_text() == "not to be lost"
     # A lock that is there is not emptied, whatever it is.
-    (prepared / "shard_0000.lock").unlink()
-    os.link(precious, prepared / "shard_0000.lock")
+    (prepared / "preparing.lock").unlink()
+    os.link(precious, prepared / "preparing.lock")
     prepare_images(photographs, 16, cache=str(tmp_path / "shared"))
     assert precious.read_text() == "not to be lost"
 
@@ -173,7 +173,7 @@ def test_a_cache_is_made_for_its_owner_alone(
     # What is copied here from elsewhere is no less private.
     monkeypatch.setenv("GAN_LIB_CACHE", str(tmp_path / "copied"))
     there = Folder(prepare_images(photographs, 16, cache=f"{s3}/private").prepared)
-    open_shards(there, read_index(there) or {})
+    open_pixels(there, read_index(there) or {})
     assert mode(tmp_path / "copied") == 0o700
     # One that is shared by others stays so, and so does what comes into it.
     shared = tmp_path / "shared"
