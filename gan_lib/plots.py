@@ -10,14 +10,12 @@ import inspect
 import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from IPython.display import Code
-from IPython.display import Image as DisplayImage
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -25,6 +23,10 @@ from PIL import Image
 from gan_lib.images import ImageSet, evenly_spread
 from gan_lib.models import Generator, latent_vectors, render
 from gan_lib.results import LOSSES, Run, image_grid
+
+# Only what a notebook shows needs IPython; training on a cluster does without.
+if TYPE_CHECKING:
+    from IPython import display
 
 LOSS_LABELS = {
     "loss_d_real": "discriminator, real images",
@@ -37,10 +39,12 @@ LOSS_COLOURS = dict(zip(LOSSES, ("tab:green", "tab:red", "tab:blue", "tab:orange
 INCHES_PER_IMAGE = 0.7
 
 
-def show_source(*things: Any) -> Code:
+def show_source(*things: Any) -> display.Code:
     """The source of functions or classes, highlighted: the real code, not a copy of it."""
+    from IPython import display
+
     source = "\n\n\n".join(inspect.getsource(thing).rstrip() for thing in things)
-    return Code(source, language="python")
+    return display.Code(source, language="python")
 
 
 def plot_images(
@@ -216,7 +220,7 @@ def plot_progress(run: Run) -> Figure:
     return figure
 
 
-def animate_samples(run: Run, frames: int = 40, width: int = 256) -> DisplayImage:
+def animate_samples(run: Run, frames: int = 40, width: int = 256) -> display.Image:
     """The same latent vectors over the epochs, as a GIF.
 
     Args:
@@ -225,7 +229,7 @@ def animate_samples(run: Run, frames: int = 40, width: int = 256) -> DisplayImag
         width: of the picture, in pixels; small ones are enlarged by a whole number.
     """
     pictures = run.samples(_spread(run.epochs("samples"), frames))
-    return DisplayImage(data=gif_bytes(list(pictures.values()), width), format="gif")
+    return _animation(list(pictures.values()), width)
 
 
 def plot_clock(run: Run) -> Figure:
@@ -262,9 +266,15 @@ def latent_walk(generator: Generator, stops: int = 4, steps: int = 8, seed: int 
     return render(generator, torch.from_numpy(np.stack(way)).float())
 
 
-def animate_images(images: np.ndarray, width: int = 192) -> DisplayImage:
+def animate_images(images: np.ndarray, width: int = 192) -> display.Image:
     """Images one after the other, as a GIF: uint8, N x H x W x C."""
-    return DisplayImage(data=gif_bytes(list(images), width), format="gif")
+    return _animation(list(images), width)
+
+
+def _animation(frames: Sequence[np.ndarray], width: int) -> display.Image:
+    from IPython import display
+
+    return display.Image(data=gif_bytes(frames, width), format="gif")
 
 
 def gif_bytes(frames: Sequence[np.ndarray], width: int, milliseconds: int = 120) -> bytes:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import yaml
 
 from gan_lib.errors import ParameterError
@@ -36,12 +36,12 @@ def notebook_parameters(name: str) -> dict[str, Any]:
     Raises:
         ParameterError: if there is no such cell, or it holds anything but plain values.
     """
-    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
-    cells = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    notebook = json.loads((FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"))
+    cells = [c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", [])]
     if len(cells) != 1:
         raise ParameterError(f"notebook {name} has {len(cells)} cells tagged parameters, not 1")
     defaults = {}
-    for statement in ast.parse(cells[0].source).body:
+    for statement in ast.parse("".join(cells[0]["source"])).body:
         if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
             raise ParameterError(
                 f"the parameters cell of notebook {name} holds {ast.unparse(statement)!r}: "
