@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from gan_lib.images import ImageSet, evenly_spread
@@ -184,6 +185,7 @@ def plot_bars(values: Mapping[str, float], title: str, unit: str) -> Figure:
     smallest = min(values.values())
     if max(values.values()) > 100 * smallest > 0:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:,.0f}")  # matplotlib's own writes formulas
         axes.set_ylim(bottom=min(1, smallest / 10))
         unit += ", logarithmic"
     return _labelled(axes, title, "", unit)
@@ -292,8 +294,19 @@ def gif_bytes(frames: Sequence[np.ndarray], width: int, milliseconds: int = 120)
     return buffer.getvalue()
 
 
+class _PlainFigure(Figure):
+    """Text in it is text: the names of files and classes may hold a $, and are no formulas."""
+
+    def draw(self, renderer: Any) -> None:
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+        super().draw(renderer)
+
+
 def _figure(*shape: int, figsize: tuple[float, float], **grid: Any) -> tuple[Figure, Any]:
-    figure, axes = plt.subplots(*shape, figsize=figsize, layout="constrained", gridspec_kw=grid)
+    figure, axes = plt.subplots(
+        *shape, figsize=figsize, layout="constrained", gridspec_kw=grid, FigureClass=_PlainFigure
+    )
     # A figure that pyplot still holds is drawn a second time at the end of the cell.
     plt.close(figure)
     return figure, axes

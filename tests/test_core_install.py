@@ -1,4 +1,4 @@
-"""The core dependencies alone, without extras, import and train: no worker of a cluster needs more."""
+"""The core dependencies alone, without extras, import and train: a worker needs no more."""
 
 from __future__ import annotations
 

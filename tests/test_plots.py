@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from gan_lib import plots
@@ -114,6 +116,28 @@ def test_source_is_shown_as_it_is() -> None:
     shown = plots.show_source(epoch_shares, ImageSet)
     assert inspect.getsource(epoch_shares).rstrip() in shown.data
     assert "class ImageSet" in shown.data
+
+
+def test_names_are_no_formulas(run: Run, silhouettes: ImageSet) -> None:
+    name = r"$1_000 \dogs$ & $"
+    named = replace(silhouettes, classes=(name,), source=name)
+    figures = [
+        plots.plot_images(named.pixels[:2], name, labels=[name, name]),
+        plots.plot_images(named.pixels[:2], name),
+        plots.plot_images_per_class(named),
+        plots.plot_comparison({name: run.records(), f"{name} again": run.records()}),
+        plots.plot_bars({name: 1.0, "other": 2.0}, name, name),
+        plots.plot_bars({name: 1.0, "other": 2000.0}, name, name),
+        plots.plot_shares(epoch_shares(96, 32, 2, 0, 1), name),
+    ]
+    for figure in figures:
+        figure.savefig(io.BytesIO(), format="png", bbox_inches="tight")
+        texts = [text for text in figure.findobj(Text) if name in text.get_text()]
+        assert texts
+        assert not any(text.get_parse_math() for text in texts)
+    ticks = [label.get_text() for label in figures[5].axes[0].get_yticklabels()]
+    assert "1,000" in ticks
+    assert not any("$" in tick for tick in ticks)
 
 
 def test_bars_that_differ_hundredfold_are_all_seen() -> None:
