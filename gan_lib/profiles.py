@@ -84,7 +84,8 @@ def check_parameters(names: Sequence[str], values: Mapping[str, Any]) -> dict[st
     defaults = _defaults(names)
     refuse_unknown_names(values, defaults)
     checked = {name: check_type(name, type(defaults[name]), v) for name, v in values.items()}
-    together = defaults | checked
+    # What is empty unless it is given says nothing: the run that is read, and its source.
+    together = {k: v for k, v in defaults.items() if v != ""} | checked
     training = {k: v for k, v in together.items() if k in TrainingParameters.names()}
     TrainingParameters.from_mapping(training)
     if together.get("n_workers", 0) < 0:
@@ -140,7 +141,8 @@ def series_values(
     own = _defaults(names)
     refuse_unknown_names(profile, series)
     refuse_unknown_names(overrides, own)
-    values = {name: value for name, value in profile.items() if name in own}
+    # Where a run is only read, it is the run that was told a source.
+    values = {k: v for k, v in profile.items() if k in own and (k != "source" or own[k])}
     values |= {name: _parse(text, own[name]) for name, text in overrides.items()}
     return check_parameters(names, values)
 
@@ -148,7 +150,7 @@ def series_values(
 def _defaults(names: Sequence[str]) -> dict[str, Any]:
     together: dict[str, Any] = {}
     for name in names:
-        together |= notebook_parameters(name)
+        together = notebook_parameters(name) | together
     return together
 
 
