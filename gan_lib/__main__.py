@@ -10,10 +10,15 @@ from pathlib import Path
 from gan_lib import profiles
 from gan_lib.data_commands import add_commands
 from gan_lib.errors import NotebookError, UserError
+from gan_lib.interrupts import interruptible
 
 
+@interruptible()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 if a notebook failed, 2 for a mistake in what was asked."""
+    """Returns the exit status: 0, 1 if a notebook failed, 2 for a mistake in what was asked.
+
+    After Ctrl-C it is 130, after SIGTERM 143.
+    """
     parser = argparse.ArgumentParser(prog="python -m gan_lib", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the series, or some of its notebooks")
@@ -48,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:
         print("interrupted; what was done is kept", file=sys.stderr)
-        return 130
+        return 130 if isinstance(error, KeyboardInterrupt) else 143
     print(f"executed notebooks, with an HTML of each: {done.folder}")
     print(f"pictures:                                 {done.folder / 'pictures'}")
     if done.run is not None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import nbformat
 import papermill
+from jupyter_client.manager import AsyncKernelManager
 from nbconvert import HTMLExporter
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
@@ -21,6 +24,7 @@ from tqdm import tqdm
 
 from gan_lib import profiles
 from gan_lib.errors import NotebookError, ParameterError, RunError
+from gan_lib.interrupts import interruptible
 from gan_lib.profiles import CHECKOUT, notebook_parameters
 from gan_lib.progress import HEADLESS_VARIABLE, NOTE, SECONDS_BETWEEN_LINES, parse_progress
 from gan_lib.results import RUNS, open_run
@@ -28,6 +32,10 @@ from gan_lib.results import RUNS, open_run
 EXECUTED = CHECKOUT / "executed"
 # The endings of the pictures that a cell can show.
 PICTURES = {"image/png": ".png", "image/gif": ".gif"}
+# How long a kernel may take to end: what it has launched stops with a checkpoint first.
+SECONDS_TO_END = 40.0
+# When a cell that still runs is interrupted again: a kernel between two cells does not hear it.
+SECONDS_TO_INTERRUPT = 10.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,9 @@ def run_notebooks(
 ) -> Executed:
     """Execute notebooks in order; keep each executed one, also when a cell fails.
 
+    The first Ctrl-C or SIGTERM interrupts the cell that runs and ends the kernel in peace, a
+    second one at once.
+
     Args:
         names: full names of the notebooks.
         values: parameters, as `profiles.series_values` has checked them; each
@@ -61,6 +72,7 @@ def run_notebooks(
     Raises:
         NotebookError: if a cell fails.
         UserError: if the run directory is taken, or there is none to read.
+        KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM.
     """
     label = f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = _place_of_run(names, values, label)
@@ -72,12 +84,16 @@ def run_notebooks(
     total = sum(
         len(nbformat.read(profiles.FOLDER / f"{n}.ipynb", as_version=4).cells) + 1 for n in names
     )
-    with _headless(), _SeriesProgress(total) as progress:
+    stop = _Stop()
+    with interruptible(stop), _headless(), _SeriesProgress(total) as progress:
         for name in names:
+            if stop.is_set():
+                break
             progress.begin(name)
             own = notebook_parameters(name)
+            told = {k: v for k, v in values.items() if k in own}
             try:
-                _execute(name, {k: v for k, v in values.items() if k in own}, target, progress)
+                _execute(name, told, target, progress, stop)
             finally:
                 _export(target / f"{name}.ipynb")
     return Executed(target, run)
@@ -102,7 +118,7 @@ def _place_of_run(names: Sequence[str], values: Mapping[str, Any], label: str) -
 
 
 def _execute(
-    name: str, parameters: dict[str, Any], folder: Path, progress: _SeriesProgress
+    name: str, parameters: dict[str, Any], folder: Path, progress: _SeriesProgress, stop: _Stop
 ) -> None:
     target = folder / f"{name}.ipynb"
     try:
@@ -116,11 +132,16 @@ def _execute(
             cwd=profiles.FOLDER,
             stdout_file=progress,
             on_cell=progress.cell_done,
+            stop=stop,
             # Otherwise each kernel warns that it talks to us unencrypted, over loopback, and now
             # and then calls it an error that it is interrupted before it is shut down.
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
-    except PapermillExecutionError as error:
+    except (KeyboardInterrupt, PapermillExecutionError) as error:
+        if stop.is_set():
+            return
+        if isinstance(error, KeyboardInterrupt):
+            raise
         first_line = next((line for line in error.source.splitlines() if line.strip()), "")
         raise NotebookError(
             f"{name}, cell {error.exec_count} (`{first_line}`) failed with "
@@ -128,21 +149,69 @@ def _execute(
         ) from None
 
 
+class _Stop(threading.Event):
+    """Set by a signal: the cell that runs is interrupted, and no other one begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell_runs = False
+
+    def set(self) -> None:
+        """Called where a signal arrives, between any two instructions of the main thread."""
+        super().set()
+        os.write(2, b"\nending what runs, which keeps what it has done; once more ends at once\n")
+        self._interrupt()
+
+    def before_cell(self) -> None:
+        """Raise KeyboardInterrupt if it is set."""
+        self.cell_runs = True
+        if self.is_set():
+            raise KeyboardInterrupt
+
+    def _interrupt(self) -> None:
+        kernel = _Kernel.newest
+        if self.cell_runs and kernel is not None and kernel.has_kernel:
+            with contextlib.suppress(ProcessLookupError):
+                # The kernel alone, not its group: the workers in it end when it has stopped them.
+                os.kill(kernel.provisioner.pid, signal.SIGINT)
+            again = threading.Timer(SECONDS_TO_INTERRUPT, self._interrupt)
+            again.daemon = True
+            again.start()
+
+
+class _Kernel(AsyncKernelManager):
+    """A kernel that is known, and has the time to stop what it has begun."""
+
+    newest: ClassVar[_Kernel | None] = None
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.shutdown_wait_time = SECONDS_TO_END
+        _Kernel.newest = self
+
+
 class _WatchedEngine(NBClientEngine):
-    """papermill's own engine, which also says when a cell is done."""
+    """papermill's own engine, which also says when a cell is done, and can be stopped."""
 
     @classmethod
     def execute_managed_notebook(
-        cls, nb_man: Any, kernel_name: str, on_cell: Callable[[], None], **options: Any
+        cls, nb_man: Any, kernel_name: str, on_cell: Callable[[], None], stop: _Stop, **options: Any
     ) -> None:
-        complete = nb_man.cell_complete
+        start, complete = nb_man.cell_start, nb_man.cell_complete
+
+        def start_unless_stopped(*arguments: Any, **keywords: Any) -> None:
+            stop.before_cell()
+            start(*arguments, **keywords)
 
         def complete_and_tell(*arguments: Any, **keywords: Any) -> None:
+            stop.cell_runs = False
             complete(*arguments, **keywords)
             on_cell()
 
-        nb_man.cell_complete = complete_and_tell
-        super().execute_managed_notebook(nb_man, kernel_name, **options)
+        nb_man.cell_start, nb_man.cell_complete = start_unless_stopped, complete_and_tell
+        super().execute_managed_notebook(
+            nb_man, kernel_name, kernel_manager_class=_Kernel, **options
+        )
 
 
 papermill_engines.register("gan_lib", _WatchedEngine)
