@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import os
@@ -12,14 +13,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import nbformat
 import papermill
-from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import ensure_async, run_sync
 from nbconvert import HTMLExporter
-from papermill.engines import NBClientEngine, papermill_engines
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
+from papermill.log import logger
 from tqdm import tqdm
 
 from gan_lib import profiles
@@ -139,6 +142,7 @@ def _execute(
         )
     except (KeyboardInterrupt, PapermillExecutionError) as error:
         if stop.is_set():
+            progress.interrupted()
             return
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -152,9 +156,8 @@ def _execute(
 class _Stop(threading.Event):
     """Set by a signal: the cell that runs is interrupted, and no other one begins."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell_runs = False
+    # The process of the kernel while a cell runs in it.
+    kernel: int | None = None
 
     def set(self) -> None:
         """Called where a signal arrives, between any two instructions of the main thread."""
@@ -162,56 +165,58 @@ class _Stop(threading.Event):
         os.write(2, b"\nending what runs, which keeps what it has done; once more ends at once\n")
         self._interrupt()
 
-    def before_cell(self) -> None:
-        """Raise KeyboardInterrupt if it is set."""
-        self.cell_runs = True
-        if self.is_set():
-            raise KeyboardInterrupt
-
     def _interrupt(self) -> None:
-        kernel = _Kernel.newest
-        if self.cell_runs and kernel is not None and kernel.has_kernel:
-            with contextlib.suppress(ProcessLookupError):
-                # The kernel alone, not its group: the workers in it end when it has stopped them.
-                os.kill(kernel.provisioner.pid, signal.SIGINT)
-            again = threading.Timer(SECONDS_TO_INTERRUPT, self._interrupt)
-            again.daemon = True
-            again.start()
+        if self.kernel is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            # The kernel alone: its workers end when it has stopped what they do.
+            os.kill(self.kernel, signal.SIGINT)
+        again = threading.Timer(SECONDS_TO_INTERRUPT, self._interrupt)
+        again.daemon = True
+        again.start()
 
 
-class _Kernel(AsyncKernelManager):
-    """A kernel that is known, and has the time to stop what it has begun."""
+class _Client(PapermillNotebookClient):
+    """papermill's own, which also says when a cell is done, and can be stopped."""
 
-    newest: ClassVar[_Kernel | None] = None
+    def __init__(self, nb_man: Any, on_cell: Callable[[], None], stop: _Stop, **options: Any):
+        super().__init__(nb_man, **options)
+        self._on_cell, self._stop, self._at_once = on_cell, stop, False
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.shutdown_wait_time = SECONDS_TO_END
-        _Kernel.newest = self
+    def execute_cell(self, *arguments: Any, **options: Any) -> Any:
+        if self._stop.is_set():
+            raise KeyboardInterrupt
+        self._stop.kernel = self.km.provisioner.pid
+        try:
+            return super().execute_cell(*arguments, **options)
+        except (KeyboardInterrupt, SystemExit):  # the second signal
+            self._at_once = True
+            raise
+        finally:
+            self._stop.kernel = None
+            self._on_cell()
+
+    async def _async_cleanup_kernel(self) -> None:
+        if self._stop.is_set() and not self._at_once and self.kc is not None:
+            # A kernel that is told to shut down kills its children first: the workers, before what
+            # they train has been stopped. One that ends by itself comes to that.
+            self.kc.execute("get_ipython().ask_exit()", silent=True)
+            deadline = time.monotonic() + SECONDS_TO_END
+            while await ensure_async(self.km.is_alive()) and time.monotonic() < deadline:
+                await asyncio.sleep(0.1)
+        await super()._async_cleanup_kernel()
+
+    _cleanup_kernel = run_sync(_async_cleanup_kernel)
 
 
-class _WatchedEngine(NBClientEngine):
-    """papermill's own engine, which also says when a cell is done, and can be stopped."""
+class _WatchedEngine(Engine):
+    """papermill's own engine, with our client."""
 
     @classmethod
-    def execute_managed_notebook(
-        cls, nb_man: Any, kernel_name: str, on_cell: Callable[[], None], stop: _Stop, **options: Any
-    ) -> None:
-        start, complete = nb_man.cell_start, nb_man.cell_complete
-
-        def start_unless_stopped(*arguments: Any, **keywords: Any) -> None:
-            stop.before_cell()
-            start(*arguments, **keywords)
-
-        def complete_and_tell(*arguments: Any, **keywords: Any) -> None:
-            stop.cell_runs = False
-            complete(*arguments, **keywords)
-            on_cell()
-
-        nb_man.cell_start, nb_man.cell_complete = start_unless_stopped, complete_and_tell
-        super().execute_managed_notebook(
-            nb_man, kernel_name, kernel_manager_class=_Kernel, **options
-        )
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
+        names = ("on_cell", "stop", "stdout_file", "extra_arguments")
+        own = {name: options[name] for name in names}
+        _Client(nb_man, kernel_name=kernel_name, log=logger, **own).execute()
 
 
 papermill_engines.register("gan_lib", _WatchedEngine)
@@ -276,6 +281,10 @@ class _SeriesProgress:
 
     def __enter__(self) -> _SeriesProgress:
         return self
+
+    def interrupted(self) -> None:
+        """The notebook that runs ends without having been done."""
+        self._name = ""
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._inner.close()
