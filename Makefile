@@ -15,7 +15,7 @@ tutorial: $(READY)  ## run the five notebooks; PROFILE=name or a YAML file, defa
 	@$(PY) -m gan_lib run --profile $(PROFILE)
 
 lab: $(READY)  ## open the notebooks in JupyterLab
-	@$(VENV)/bin/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/01_data.ipynb
+	@$(VENV)/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/01_data.ipynb
 
 test: $(READY)  ## run the tests
 	@$(PY) -m pytest tests

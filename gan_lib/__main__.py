@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar=("NAME", "VALUE"),
         help="a parameter, stronger than the profile; may be given again",
     )
+    run.add_argument(
+        "--parameters", action="store_true", help="only list what a profile and -p may set"
+    )
     run.add_argument("--out", help="folder for the executed notebooks; default: a new one")
     add_commands(commands.add_parser("data", help="list, fetch, verify and prepare images"))
     options = parser.parse_args(arguments)
@@ -40,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "data":
             return options.do(options)
+        if options.parameters:
+            print(profiles.parameter_table())
+            return 0
         names = profiles.full_names(options.notebooks)
         profile = profiles.read_profile(options.profile)
         values = profiles.series_values(names, profile, dict(options.parameter))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
+import warnings
+from typing import TYPE_CHECKING, Any
 
 from gan_lib import manifest
 from gan_lib.downloading import FOLDERS, archives_of, differences, fetch, fetched_folder
-from gan_lib.errors import SourceError
 from gan_lib.parameters import CROPS, TrainingParameters
+
+if TYPE_CHECKING:
+    from gan_lib.images import ImageSet
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +27,15 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )
     one.set_defaults(do=_fetch)
 
-    one = commands.add_parser("verify", help="compare a source's images with the manifest")
-    one.add_argument("name", nargs="?", default="stanford-dogs")
+    one = commands.add_parser(
+        "verify", help="compare a source's images with the manifest; read all those of any folder"
+    )
+    one.add_argument(
+        "name",
+        nargs="?",
+        default="stanford-dogs",
+        help="in the manifest, a folder, or an fsspec URL",
+    )
     one.add_argument("--source", help="another folder or URL of the same images")
     one.set_defaults(do=_verify)
 
@@ -68,7 +80,7 @@ def _fetch(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     known = manifest.sources()
     if options.name not in known:
-        raise SourceError(f"there is no source {options.name!r}: there is {', '.join(known)}")
+        return _verify_folder(options.name)
     entry = known[options.name]
     if "package" in entry:
         from gan_lib.embedded import package_arrays
@@ -84,10 +96,31 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+def _verify_folder(source: str) -> int:
+    """Read and decode every file of a source that the manifest does not know."""
+    with tempfile.TemporaryDirectory() as cache:
+        images = _prepared(source, image_size=16, cache=cache)
+        print(f"{source}: {len(images):,} images")
+        for name, n in images.images_per_class().items():
+            print(f"  {name}: {n:,}")
+        return 1 if images.skipped else 0
+
+
+def _prepared(source: str, **told: Any) -> ImageSet:
+    """`prepare_images`, and a line for every file that is skipped."""
+    from gan_lib.images import SkippedFilesWarning, prepare_images
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SkippedFilesWarning)
+        images = prepare_images(source, **told)
+    for url, reason in images.skipped:
+        print(f"skipped: {url}: {reason}")
+    return images
+
+
 def _prepare(options: argparse.Namespace) -> int:
     # Only now: whoever asks for help should not wait for torch.
     from gan_lib.cluster import close_cluster, start_cluster
-    from gan_lib.images import prepare_images
 
     told = {
         "image_size": options.size,
@@ -98,7 +131,7 @@ def _prepare(options: argparse.Namespace) -> int:
     TrainingParameters(source=options.source, **told)  # raises if a value cannot be trained with
     client = start_cluster(options.workers, device="cpu") if options.workers else None
     try:
-        images = prepare_images(options.source, **told, client=client, cache=options.cache)
+        images = _prepared(options.source, **told, client=client, cache=options.cache)
     finally:
         if client is not None:
             close_cluster(client)

@@ -402,7 +402,8 @@ def _tell_what_was_skipped(images: ImageSet, index: dict[str, Any], progress: bo
     most = ", ".join(f"{n} x {why}" for why, n in reasons)
     line = (
         f"{len(images.skipped):,} of {index['files']:,} files skipped ({most}; "
-        f"all are listed in `skipped`), {len(images):,} images prepared"
+        "all are in `skipped`, and listed by `python -m gan_lib data verify`), "
+        f"{len(images):,} images prepared"
     )
     if index["unread"]:
         line += f"; the next call tries the {index['unread']:,} again that could not be read"

@@ -36,12 +36,8 @@ def notebook_parameters(name: str) -> dict[str, Any]:
     Raises:
         ParameterError: if there is no such cell, or it holds anything but plain values.
     """
-    notebook = json.loads((FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"))
-    cells = [c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", [])]
-    if len(cells) != 1:
-        raise ParameterError(f"notebook {name} has {len(cells)} cells tagged parameters, not 1")
     defaults = {}
-    for statement in ast.parse("".join(cells[0]["source"])).body:
+    for statement in ast.parse(_parameters_cell(name)).body:
         if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
             raise ParameterError(
                 f"the parameters cell of notebook {name} holds {ast.unparse(statement)!r}: "
@@ -49,6 +45,19 @@ def notebook_parameters(name: str) -> dict[str, Any]:
             )
         defaults[statement.targets[0].id] = ast.literal_eval(statement.value)
     return defaults
+
+
+def parameter_table() -> str:
+    """Every parameter that a profile or `-p` may set: notebooks, name, default, what it is."""
+    lines: dict[str, tuple[str, list[str]]] = {}
+    # The fourth first: it has nearly all, in the order of TrainingParameters.
+    for notebook in sorted(notebook_names(), key=lambda name: not name.startswith("04")):
+        for line in _parameters_cell(notebook).splitlines():
+            name, _, told = line.partition(" = ")
+            lines.setdefault(name, (told, []))[1].append(notebook[:2])
+    rows = [("notebooks", "parameter = default  # what it is")]
+    rows += [(" ".join(sorted(where)), f"{name} = {told}") for name, (told, where) in lines.items()]
+    return "\n".join(f"{where:<15} {text}" for where, text in rows)
 
 
 def read_profile(name: str) -> dict[str, Any]:
@@ -145,6 +154,14 @@ def series_values(
     values = {k: v for k, v in profile.items() if k in own and (k != "source" or own[k])}
     values |= {name: _parse(text, own[name]) for name, text in overrides.items()}
     return check_parameters(names, values)
+
+
+def _parameters_cell(name: str) -> str:
+    notebook = json.loads((FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"))
+    cells = [c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    if len(cells) != 1:
+        raise ParameterError(f"notebook {name} has {len(cells)} cells tagged parameters, not 1")
+    return "".join(cells[0]["source"])
 
 
 def _defaults(names: Sequence[str]) -> dict[str, Any]:

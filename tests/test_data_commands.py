@@ -159,6 +159,27 @@ def test_verify_names_what_differs(server: Server, capsys: pytest.CaptureFixture
     ]
 
 
+def test_verify_reads_every_file_of_any_folder(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_folder(tmp_path / "mine", ["brave", "shy"], 3)
+    assert main(["data", "verify", str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        f"{folder}: 6 images",
+        "  brave: 3",
+        "  shy: 3",
+    ]
+    (folder / "shy" / "notes.jpg").write_text("no image")
+    assert main(["data", "verify", str(folder)]) == 1
+    said = capsys.readouterr().out
+    assert f"skipped: file://{folder}/shy/notes.jpg: not an image" in said
+    assert "brave: 3" in said
+    assert main(["data", "prepare", str(folder), "--size", "16"]) == 0
+    assert f"skipped: file://{folder}/shy/notes.jpg: " in capsys.readouterr().out
+    assert main(["data", "verify", str(tmp_path / "nowhere")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
 def test_a_broken_download_goes_on_where_it_broke(server: Server) -> None:
     server.cut_after = [1000, 5000]
     assert main(FETCH) == 0

@@ -12,6 +12,7 @@ import nbformat
 import pytest
 import yaml
 
+from gan_lib.__main__ import main
 from gan_lib.errors import NotebookError, ParameterError
 from gan_lib.notebooks import Executed, run_notebooks
 from gan_lib.parameters import TrainingParameters
@@ -226,6 +227,21 @@ def test_the_command_line_speaks_the_types_of_the_notebooks() -> None:
         "flip": True,
         "source": "dog-silhouettes",
     }
+
+
+def test_all_parameters_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--parameters"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert "04 05           run = " in "\n".join(listed)
+    for parameter in {
+        *TrainingParameters.names(),
+        "short_steps",
+        "n_workers",
+        "address",
+        "n_images",
+    }:
+        (line,) = [line for line in listed if f" {parameter} = " in line]
+        assert re.search(r"#  ?\S", line.replace("# ...", "# "))
 
 
 def test_a_failing_cell_is_named_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
