@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from types import TracebackType
@@ -48,6 +48,8 @@ SECONDS_TO_FAIL = 10
 SECONDS_FOR_A_VALUE = 5
 # How often a rank asks whether anybody still waits for it.
 SECONDS_BETWEEN_LOOKS = 0.5
+# How long the ranks may take to meet, and one attempt of it, which nothing can interrupt.
+SECONDS_TO_MEET, SECONDS_TO_CONNECT = 300, 3
 # A collective that takes longer has lost a rank that Dask still hears of.
 SECONDS_FOR_A_COLLECTIVE = 1800
 
@@ -250,52 +252,89 @@ def _work_as_rank(
             "this worker is already a rank of another job: wait for that one, "
             "or start the workers with one thread each"
         )
-    _use_dask_network()
-    os.environ["LOCAL_RANK"] = str(gpu)
-    os.environ[ATTEMPT_VARIABLE] = attempt
+    told = {"LOCAL_RANK": str(gpu), ATTEMPT_VARIABLE: attempt, **_dask_network()}
     LEAVE.clear()
     ended = threading.Event()
-    before = _connections()
-    listener = _LISTENERS.pop(job_id, None)
-    store = dist.TCPStore(
-        host,
-        port,
-        world_size,
-        is_master=rank == 0,
-        timeout=datetime.timedelta(seconds=300),
-        wait_for_workers=False,
-        master_listen_fd=listener.detach() if listener is not None else None,
-    )
     watcher = threading.Thread(
         target=_leave_when_unwanted,
-        args=(get_worker(), get_worker().get_current_task(), ended, before),
+        args=(get_worker(), get_worker().get_current_task(), ended, _connections()),
         daemon=True,
     )
     watcher.start()
+    store = None
     try:
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=SECONDS_FOR_A_COLLECTIVE),
-        )
-        return function(**arguments)
+        with _environment(told):
+            store = _meet(host, port, world_size, rank, _LISTENERS.pop(job_id, None))
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                timeout=datetime.timedelta(seconds=SECONDS_FOR_A_COLLECTIVE),
+            )
+            return function(**arguments)
     except Exception as error:
         # While this rank holds its connections, no other rank has noticed: so the order in
         # which they count themselves here is the order in which they failed.
         order = _LAST
-        with contextlib.suppress(Exception):
-            order = store.add("failures", 1)
+        if store is not None:
+            with contextlib.suppress(Exception):
+                order = store.add("failures", 1)
         error.add_note(f"raised by rank {rank} of {world_size} on {get_worker().address}")
         return _Failure(order, *_portable(error))
     finally:
         ended.set()
         watcher.join()
         LEAVE.clear()
-        os.environ.pop(ATTEMPT_VARIABLE, None)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _environment(told: Mapping[str, str]) -> Iterator[None]:
+    """These environment variables inside, and afterwards what was there before."""
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _meet(
+    host: str, port: int, world_size: int, rank: int, listener: socket.socket | None
+) -> dist.TCPStore:
+    """The store through which the ranks find each other; it is served by rank 0.
+
+    Raises:
+        ConnectionError: if rank 0 is gone: it has listened before any rank was started.
+        DistError, TimeoutError: if it does not answer for `SECONDS_TO_MEET`, or until nobody
+            waits any more for this rank.
+    """
+    deadline = time.monotonic() + SECONDS_TO_MEET
+    while True:
+        try:
+            if rank != 0:
+                socket.create_connection((host, port), SECONDS_TO_CONNECT).close()
+            store = dist.TCPStore(
+                host,
+                port,
+                world_size,
+                is_master=rank == 0,
+                timeout=datetime.timedelta(seconds=SECONDS_TO_CONNECT),
+                wait_for_workers=False,
+                master_listen_fd=listener.detach() if listener is not None else None,
+            )
+        except (dist.DistError, TimeoutError):
+            if rank == 0 or LEAVE.is_set() or time.monotonic() > deadline:
+                raise
+        else:
+            store.set_timeout(datetime.timedelta(seconds=SECONDS_TO_MEET))
+            return store
 
 
 def _leave_when_unwanted(
@@ -358,8 +397,8 @@ def _portable(error: Exception) -> tuple[Exception, TracebackType | None]:
         return RuntimeError("".join(traceback.format_exception(error))), None
 
 
-def _use_dask_network() -> None:
-    """Let gloo and NCCL use the network interface that Dask uses, unless told otherwise.
+def _dask_network() -> dict[str, str]:
+    """Variables that have gloo and NCCL use the network interface of Dask, unless told otherwise.
 
     Their own choice follows the machine's host name, which on a laptop may be a
     network that others can reach and on a cluster one that leads nowhere.
@@ -367,8 +406,11 @@ def _use_dask_network() -> None:
     host = get_address_host(get_worker().address)
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == host for address in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            return {
+                variable: os.environ.get(variable, name)
+                for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+            }
+    return {}
 
 
 def _family(host: str) -> socket.AddressFamily:

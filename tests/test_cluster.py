@@ -23,7 +23,7 @@ from gan_lib.cluster import start_cluster as start
 from gan_lib.errors import ClusterError, ParameterError, RunError, SourceError
 from gan_lib.parameters import TrainingParameters
 from gan_lib.profiles import CHECKOUT
-from gan_lib.rank_group import pick_gpus
+from gan_lib.rank_group import _work_as_rank, pick_gpus
 from gan_lib.results import open_run
 from gan_lib.shipping import package_checksum
 from gan_lib.training import train_gan
@@ -113,6 +113,26 @@ def test_no_port_stays_open_after_a_job(own_client: Client, tiny: TrainingParame
         own_client.gather(futures)
         run_ranks(own_client, train_gan, parameters=tiny)
     assert own_client.run(listening) == before
+
+
+def environment() -> dict[str, str]:
+    return dict(os.environ)
+
+
+def test_a_rank_leaves_the_environment_as_it_was(client: Client) -> None:
+    before = client.run(environment)
+    inside = run_ranks(client, environment)
+    assert {rank["LOCAL_RANK"] for rank in inside} == {"0"}
+    assert client.run(environment) == before
+    # Nobody listens where this one is to meet the others.
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        free = probe.getsockname()[1]
+    told = {"gpu": 0, "backend": "gloo", "host": "127.0.0.1", "port": free, "job_id": "none"}
+    failed = client.submit(
+        _work_as_rank, int, {}, rank=1, world_size=2, attempt="job-0-1", pure=False, **told
+    ).result(timeout=60)
+    assert isinstance(failed.error, ConnectionRefusedError)
+    assert client.run(environment) == before
 
 
 def fails_on_rank_1() -> None:
