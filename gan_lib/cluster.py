@@ -20,13 +20,14 @@ from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
 
 from gan_lib.errors import ClusterError, ParameterError, RunError, UserError
-from gan_lib.images import CacheNotSharedError, prepare_images
-from gan_lib.jobs import Job, Plan
-from gan_lib.keeping import refuse_differences
+from gan_lib.images import CacheNotSharedError, ImageSet, prepare_images
+from gan_lib.interrupts import exit_on_sigterm
+from gan_lib.jobs import Job, Plan, end_jobs
+from gan_lib.keeping import refuse_differences, refuse_other_images
 from gan_lib.listing import resolve_source
 from gan_lib.parameters import TrainingParameters
 from gan_lib.rank_group import RankGroup, start_ranks
-from gan_lib.results import PARAMETERS, STOP, RunWriter, create_run, new_run_url, open_run
+from gan_lib.results import PARAMETERS, RunWriter, create_run, new_run_url, open_run
 from gan_lib.shipping import ship_package
 from gan_lib.storage import absolute, file_exists
 from gan_lib.training import train_gan
@@ -97,6 +98,7 @@ def connect(address: str) -> Client:
 
 def close_cluster(client: Client) -> None:
     """Close a client, and the cluster too if `start_cluster` made it."""
+    end_jobs(client)
     cluster = client.cluster
     client.close()
     if cluster is not None:
@@ -113,6 +115,7 @@ def launch(
     min_workers: int = 1,
     max_restarts: int = 10,
     grace: float = 20.0,
+    new_images: bool = False,
 ) -> Job:
     """Train on the workers of a cluster, one rank on each.
 
@@ -120,7 +123,8 @@ def launch(
     `prepare_images`), and the ranks have been started. When a worker is lost or hangs, or
     storage cannot be written, the job goes on from the last checkpoint with the workers that
     there are then; a worker that joins is taken in after an epoch. What the user said wrong,
-    and errors of the code, end it.
+    and errors of the code, end it. When this process ends (from now on SIGTERM ends it as
+    `sys.exit` does), the job keeps a checkpoint and ends with it.
 
     Args:
         client: of the cluster.
@@ -133,14 +137,16 @@ def launch(
         min_workers: go on with no fewer than these.
         max_restarts: end with the cause after so many restarts.
         grace: seconds to wait for as many workers as before, before going on with fewer.
+        new_images: resume also if the images are not those that `run` was trained on.
 
     Raises:
         ParameterError: if the parameters are wrong.
         RunError: if the run directory is taken, a worker cannot see it, or `resume` finds other
-            parameters there.
+            parameters or images there.
         SourceError: if there are no images.
         ClusterError: if there are too few workers, or other jobs use them.
     """
+    exit_on_sigterm()
     if min_workers < 1 or max_restarts < 0 or grace < 0:
         raise ParameterError(
             f"min_workers is {min_workers}, max_restarts {max_restarts}, grace {grace}: expected "
@@ -157,7 +163,6 @@ def launch(
         refuse_differences(url, existing.parameters, parameters)
         told = existing.info() | {"parameters": parameters.to_dict()}
         RunWriter(url).submit_result(PARAMETERS, json.dumps(told, indent=2))
-        RunWriter(url).remove(STOP)  # a request that came too late for the last job
     else:
         create_run(url, parameters)
     first = places[0].worker
@@ -168,11 +173,16 @@ def launch(
             "share, such as s3://bucket/run"
         )
     try:
-        _prepare_on_workers(client, parameters)
+        images = _prepare_on_workers(client, parameters)
+        if resume and images is not None and not new_images:
+            refuse_other_images(url, images)
     except UserError as error:
         RunWriter(url).set_status("failed", error=str(error))
         raise
-    plan = Plan(parameters, function, n_workers, min_workers, max_restarts, grace)
+    prepared = images.prepared if images is not None else ""
+    plan = Plan(
+        parameters, function, n_workers, min_workers, max_restarts, grace, prepared, new_images
+    )
     return Job(client, url, plan, places, resume)
 
 
@@ -205,13 +215,16 @@ def run_ranks(
     return RankGroup(client, start_ranks(client, places, device, function, arguments)).result()
 
 
-def _prepare_on_workers(client: Client, p: TrainingParameters) -> None:
-    """Fill the cache from which the ranks will open their images."""
+def _prepare_on_workers(client: Client, p: TrainingParameters) -> ImageSet | None:
+    """The images, in the cache from which the ranks open them; None if it is not theirs too."""
     try:
-        prepare_images(p.source, p.image_size, p.channels, p.crop, p.max_images, client=client)
+        return prepare_images(
+            p.source, p.image_size, p.channels, p.crop, p.max_images, client=client
+        )
     except CacheNotSharedError as error:
         # Not wrong, only slower: each machine has a cache of its own, and decodes for itself.
         print(f"every worker's machine prepares the images for itself, because {error}")
+        return None
 
 
 # glibc gives freed memory back above this many bytes, and Dask's nanny sets 64 KiB so that
@@ -238,6 +251,11 @@ def _worker_environment(n_workers: int) -> dask.config.set:
             # in the process that is to train: 3 % of a core, and half a per cent without.
             "distributed.worker.profile.enabled": False,
             "distributed.admin.tick.interval": "500ms",
+            # Ctrl-C in a terminal or a notebook reaches the workers too, and would end them.
+            "distributed.worker.preload": [
+                *dask.config.get("distributed.worker.preload"),
+                "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)",
+            ],
         }
     )
 

@@ -7,6 +7,7 @@ which is what `kill`, systemd, Slurm and Kubernetes send.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ class _Handler:
             raise SystemExit(128 + number)  # as a shell counts what a signal has ended
         self.first = number
         self.leave.set()
+        # Not print: the signal may have come inside of another one.
+        os.write(2, b"\nending after the current step; another interrupt ends it at once\n")
 
 
 @contextlib.contextmanager

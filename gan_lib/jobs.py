@@ -6,10 +6,12 @@ the next attempt goes on from it on the workers that there are then.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
@@ -19,10 +21,11 @@ import torch.distributed as dist
 from distributed import Client
 from distributed.scheduler import KilledWorker
 
-from gan_lib.errors import ClusterError, UserError, WorkerLostError, describe
+from gan_lib.errors import ClusterError, RunError, UserError, WorkerLostError, describe
+from gan_lib.images import open_prepared
 from gan_lib.parameters import TrainingParameters
 from gan_lib.rank_group import RankGroup, start_ranks
-from gan_lib.results import STOP, Run, RunWriter, open_run
+from gan_lib.results import REGROUP, STOP, Run, RunWriter, open_run
 from gan_lib.training import TrainingResult, train_gan
 from gan_lib.watching import watch_run
 from gan_lib.workers import (
@@ -41,6 +44,10 @@ SECONDS_FOR_WORKERS = 600.0
 SECONDS_BETWEEN_QUESTIONS, QUESTIONS = 2.0, 5
 # Seconds at most before storage is tried again that has failed.
 LONGEST_PAUSE = 30.0
+# How long a job may take to keep a checkpoint when its process or its cluster ends.
+SECONDS_TO_PART = 10.0
+# Those of this process.
+_JOBS: weakref.WeakSet[Job] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class Plan:
         min_workers: go on with no fewer.
         max_restarts: give up after so many.
         grace: seconds to wait for as many workers as before.
+        prepared: folder of the images, where all ranks read it; empty has each prepare its own.
+        new_images: go on also if the images are not those that the run was trained on.
     """
 
     parameters: TrainingParameters
@@ -62,6 +71,8 @@ class Plan:
     min_workers: int = 1
     max_restarts: int = 10
     grace: float = 20.0
+    prepared: str = ""
+    new_images: bool = False
 
 
 class Job:
@@ -92,12 +103,19 @@ class Job:
         self._error: BaseException | None = None
         self._ended = threading.Event()
         self._has_begun = threading.Event()
-        self._claim()
+        if resume:
+            self._writer.remove(STOP)  # it came too late for the last job
+        self._writer.set_status("waiting", job=self._name)
+        _JOBS.add(self)
         threading.Thread(
             target=self._supervise, args=(places, resume), name="supervising", daemon=True
         ).start()
-        # Another job that is launched next should see that these workers are taken.
-        self._has_begun.wait()
+        try:
+            # Another job that is launched next should see that these workers are taken.
+            self._has_begun.wait()
+        except BaseException:
+            self.stop(now=True)  # nobody will get to hold this job
+            raise
 
     def __repr__(self) -> str:
         return f"<Job {self.status} on {len(self.workers)} workers, {self.run.url}>"
@@ -149,14 +167,35 @@ class Job:
 
     def stop(self, now: bool = False) -> None:
         """Ask the job to end with a checkpoint: after the current epoch, or at once if `now`."""
-        if not self.done():
+        if not self.done() and self._has_the_run():
             self.run.stop(now)
 
+    def _has_the_run(self) -> bool:
+        """Whether no other job goes on with the run by now."""
+        return self.run.status().job.startswith(self._name)
+
     def _claim(self) -> str:
-        """A new name in status.json: what is left of an earlier attempt writes nothing more."""
+        """A new name in status.json: what is left of an earlier attempt writes nothing more.
+
+        Raises:
+            RunError: if another job goes on with the run by now.
+        """
         attempt = f"{self._name}-{len(self.restarts)}-{uuid.uuid4().hex[:8]}"
-        self._writer.set_status("waiting", job=attempt, restarts=self.restarts)
+        self._say("waiting", attempt)
         return attempt
+
+    def _say(self, state: str, attempt: str = "", **details: Any) -> None:
+        """Write what the job does. Raises RunError if another one goes on with the run by now."""
+        if not self._has_the_run():
+            raise RunError(f"another job goes on with {self.run.url}: this one ends here")
+        job = attempt or self.run.status().job
+        self._writer.set_status(state, job=job, restarts=self.restarts, **details)
+
+    def _part(self) -> None:
+        """Say that nobody watches over this job any more, if it has not ended."""
+        with contextlib.suppress(Exception):
+            if not self.done() and self.run.status().state in ("waiting", "training"):
+                self._say("interrupted")
 
     def _supervise(self, places: list[Place], resume: bool) -> None:
         try:
@@ -174,12 +213,8 @@ class Job:
         except BaseException as error:
             self._error = error
             with contextlib.suppress(Exception):
-                job = self.run.status().job
-                # Another job may go on with the run by now.
-                if job.startswith(self._name):
-                    self._writer.set_status(
-                        "failed", error=describe(error), job=job, restarts=self.restarts
-                    )
+                if self.run.status().state != "interrupted":
+                    self._say("failed", error=describe(error))
         finally:
             self._ended.set()
 
@@ -189,10 +224,14 @@ class Job:
         self.workers = [place.worker for place in places]
         self._used |= set(self.workers)
         arguments = {"parameters": plan.parameters, "run": self.run.url, "resume": resume}
+        function = plan.function
+        if function is train_gan:
+            function = _train
+            arguments |= {"prepared": plan.prepared, "new_images": plan.new_images}
         try:
             attempt = self._claim()
             device = plan.parameters.device
-            futures = start_ranks(self._client, places, device, plan.function, arguments, attempt)
+            futures = start_ranks(self._client, places, device, function, arguments, attempt)
         except (OSError, KeyError, WorkerLostError) as lost:
             # A worker that has gone in the meantime; the run directory cannot be written.
             return lost if isinstance(lost, OSError) else WorkerLostError(str(lost))
@@ -256,8 +295,8 @@ class Job:
             least = plan.min_workers if waited > plan.grace else max(wanted, plan.min_workers)
             if len(free) >= least:
                 return assign_places(free, self._most_ranks())
-            if self._writer.request() in ("epoch", "now"):
-                self._writer.set_status("stopped", restarts=self.restarts)
+            if self._writer.request():
+                self._say("stopped")
                 self._writer.remove(STOP)
                 return []
             if waited > SECONDS_FOR_WORKERS:
@@ -278,8 +317,12 @@ class Job:
             self._joined_at = None
         elif self._joined_at is None:
             self._joined_at = time.monotonic()
-        elif time.monotonic() - self._joined_at > SECONDS_TO_SETTLE and not self._writer.request():
-            self._writer.submit_result(STOP, "regroup")
+        elif (
+            time.monotonic() - self._joined_at > SECONDS_TO_SETTLE
+            and not self._writer.exists(REGROUP)
+            and self._has_the_run()
+        ):
+            self._writer.submit_result(REGROUP, "")
 
     def _most_ranks(self) -> int:
         """As many as are allowed, and have an image each in every step."""
@@ -294,6 +337,40 @@ class Job:
     def _wants_more_workers(self) -> bool:
         first = self._results[0]
         return isinstance(first, TrainingResult) and first.asked == "regroup" and first.stopped
+
+
+def _train(prepared: str, **told: Any) -> TrainingResult:
+    """On a rank: train on the images that were prepared when the job began.
+
+    Their source may have other files by now.
+    """
+    return train_gan(images=open_prepared(prepared) if prepared else None, **told)
+
+
+def end_jobs(client: Client | None = None) -> None:
+    """Have jobs of this process keep a checkpoint and end, because it or their cluster does.
+
+    What does not end in time is "interrupted".
+
+    Args:
+        client: only the jobs of this one; None means all.
+    """
+    running = [job for job in _JOBS if not job.done() and client in (None, job._client)]
+    deadline = time.monotonic() + SECONDS_TO_PART
+    try:
+        for job in running:
+            print(f"the job in {job.run.url} is asked to stop, because what runs it ends")
+            with contextlib.suppress(Exception):
+                job.stop(now=True)
+        for job in running:
+            job._ended.wait(max(0.0, deadline - time.monotonic()))
+    finally:
+        for job in running:
+            job._part()
+
+
+# While there still are threads, which storage and Dask need: `atexit` comes after them.
+getattr(threading, "_register_atexit", atexit.register)(end_jobs)
 
 
 def worth_a_retry(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,11 @@ import torch
 
 from gan_lib.checkpoints import Checkpoints, Position
 from gan_lib.errors import RunError, describe
+from gan_lib.images import ImageSet
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results import (
     PARAMETERS,
+    REGROUP,
     STATUS,
     STOP,
     ResultsHandler,
@@ -51,6 +53,39 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
+class OwnWriter(RunWriter):
+    """Writes into a run, and deletes there, for as long as the run is its own.
+
+    A rank that was suspended and wakes up must touch nothing that others now train.
+
+    Args:
+        url: of the run directory.
+        attempt: what status.json names as the job that has the run.
+    """
+
+    def __init__(self, url: str, attempt: str) -> None:
+        super().__init__(url)
+        self.attempt = attempt
+        self._run = open_run(url)
+
+    def write(
+        self, path: str, data: bytes | Iterable[bytes | memoryview], durable: bool = True
+    ) -> None:
+        """As `Folder.write`. Raises RunError if the run is another job's."""
+        self.check()
+        super().write(path, data, durable)
+
+    def remove(self, path: str) -> None:
+        """As `Folder.remove`. Raises RunError if the run is another job's."""
+        self.check()
+        super().remove(path)
+
+    def check(self) -> None:
+        """Raise RunError if the run is another job's."""
+        if self._run.status().job != self.attempt:
+            raise RunError(f"another job goes on with {self.url}: this one ends here")
+
+
 class Keeper:
     """Keeps a run as it goes on; there is one, on rank 0.
 
@@ -69,27 +104,30 @@ class Keeper:
         parameters: TrainingParameters,
         attempt: str = "",
     ) -> None:
-        self.writer = RunWriter(run) if run is not None else None
+        self.writer: OwnWriter | None = None
         self.results = results
         self.parameters = parameters
         self.asked_now = False
-        self._supervised = bool(attempt)
-        self._attempt = attempt or uuid.uuid4().hex
+        self._attempt = attempt
         self._written_at = self._signed_at = time.monotonic()
         self._state = ""
-        if self.writer is not None:
-            self._run = open_run(self.writer.url)
-            self._restarts = self._run.status().restarts if attempt else ()
+        if run is not None:
+            self._restarts = open_run(run).status().restarts if attempt else ()
+            name = attempt or uuid.uuid4().hex
+            if not attempt:
+                RunWriter(run).set_status("waiting", job=name)
+            self.writer = OwnWriter(run, name)
+            # It was asked of an earlier attempt, and so was a stop if nobody supervises.
+            for request in (REGROUP,) if attempt else (REGROUP, STOP):
+                self.writer.remove(request)
             self._checkpoints = Checkpoints(self.writer)
             self._background = BackgroundWriter(idle=self._look)
-            if not attempt:
-                self._set_status("waiting")
 
     def keep_parameters(self, info: dict[str, Any]) -> None:
         """What the run was told, and what it runs on."""
         text = json.dumps(info, indent=2)
         if self.writer is not None:
-            self._background.submit(self._write, PARAMETERS, text)
+            self._background.submit(self.writer.submit_result, PARAMETERS, text)
         if self.results is not None:
             self.results.submit_result(PARAMETERS, text)
 
@@ -105,7 +143,7 @@ class Keeper:
             if now - self._written_at >= SECONDS_BETWEEN_WRITES:
                 self._written_at = now
                 path = epoch_path("records", epoch)
-                self._background.submit(self._write, path, _lines(records))
+                self._background.submit(self.writer.submit_result, path, _lines(records))
 
     def keep_epoch(
         self,
@@ -129,22 +167,22 @@ class Keeper:
             self.results.submit_result(epoch_path("records", epoch), _lines(records))
         if self.writer is None:
             return
-        self._background.submit(self._write, epoch_path("records", epoch), _lines(records))
+        write = self.writer.submit_result
+        self._background.submit(write, epoch_path("records", epoch), _lines(records))
         # An epoch shorter than `record_every` may have no record.
         if records:
             self._background.submit(self._write_tensorboard, epoch, records)
         if last or epoch % p.sample_every == 0 or epoch == 1:
             picture = image_grid(draw())
-            self._background.submit(
-                lambda: self._write(epoch_path("samples", epoch), png_bytes(picture))
-            )
+            self._background.submit(lambda: write(epoch_path("samples", epoch), png_bytes(picture)))
         if last or epoch % p.checkpoint_every == 0:
             self._background.submit(self._write_checkpoint, Position(epoch), _copied(state()))
 
     def keep_part(self, epoch: int, records: list[dict[str, Any]], state: dict[str, Any]) -> None:
         """What an epoch leaves that is stopped before its end; resume does the rest of it."""
         if self.writer is not None:
-            self._background.submit(self._write, epoch_path("records", epoch), _lines(records))
+            path = epoch_path("records", epoch)
+            self._background.submit(self.writer.submit_result, path, _lines(records))
             position = Position(epoch - 1, within=True)
             self._background.submit(self._write_checkpoint, position, _copied(state))
 
@@ -153,62 +191,100 @@ class Keeper:
         if self.writer is None:
             return ""
         self._background.check()
-        return self.writer.request()
+        return self.writer.request() or ("regroup" if self.writer.exists(REGROUP) else "")
 
-    def close(self, state: str = "", granted: str = "") -> None:
+    def close(self, state: str = "") -> None:
         """Wait until all is written.
 
         Args:
-            state: what the run then is.
-            granted: the request that is fulfilled with it.
+            state: what the run then is. What was asked for is fulfilled with it, and no longer
+                asked for; but a job that only regroups leaves the request of a person.
 
         Raises:
             OSError: what a file could not be written for.
         """
         if self.writer is None:
             return
-        if granted and self.writer.request() == granted:
-            self.writer.remove(STOP)
         if state:
             self._background.submit(self._set_status, state)
+            for request in (REGROUP,) if state == "waiting" else (REGROUP, STOP):
+                self._background.submit(self.writer.remove, request)
         self._background.close()
 
     def fail(self, error: BaseException) -> None:
         """Write what can still be written, and why the run ended."""
+        failed = isinstance(error, Exception)  # and not Ctrl-C, say
         # A full disk, say, must not hide that.
         with contextlib.suppress(Exception):
             # That a supervised attempt failed is its supervisor's to say.
-            if self.writer is not None and not self._supervised:
-                self._background.submit(self._set_status, "failed", error=describe(error))
+            if self.writer is not None and not self._attempt:
+                self._state = "failed" if failed else "interrupted"
+                told = {"error": describe(error)} if failed else {}
+                self._background.submit(self._set_status, self._state, **told)
         with contextlib.suppress(Exception):
             self.close()
 
-    def _write(self, path: str, data: str | bytes) -> None:
-        assert self.writer is not None
-        self._check_that_it_is_ours()
-        self.writer.submit_result(path, data)
+    def take_up(self, start_over: bool) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
+        """The newest whole checkpoint, from which the run goes on; what came later is deleted.
+
+        So is what a killed rank has half written.
+
+        Args:
+            start_over: begin anew where every checkpoint is damaged.
+
+        Returns:
+            The checkpoint's content (empty if there is none), the records of the epoch that
+            it is inside of, and what was wrong with newer checkpoints.
+
+        Raises:
+            RunError: if every checkpoint is damaged, or another job goes on with the run.
+        """
+        writer = self.writer
+        assert writer is not None
+        position, state, damaged = self._checkpoints.newest()
+        if position is None:
+            if damaged and not start_over:
+                raise RunError(
+                    f"all checkpoints in {writer.url} are damaged, the newest: {damaged[0]}. "
+                    "Launch a new run"
+                )
+            position = Position(0)
+        writer.check()
+        # All that ranks write, but not `stop`: somebody may be asking for it just now. A rank of
+        # an earlier attempt that still lives then fails to put its file in place, as it should.
+        writer.remove_unfinished(PARAMETERS, STATUS, "*/*")
+        run = open_run(writer.url)
+        records: list[dict[str, Any]] = []
+        if position.within and position.epochs + 1 in run.epochs("records"):
+            known = run.records([position.epochs + 1]).to_dict("records")
+            records = [record for record in known if record["iteration"] <= state["iteration"]]
+        # An iteration is recorded once: what follows the checkpoint is trained again.
+        for kind in ("records", "samples"):
+            for epoch in run.epochs(kind):
+                if records and kind == "records" and epoch == position.epochs + 1:
+                    writer.submit_result(epoch_path(kind, epoch), _lines(records))
+                elif epoch > position.epochs:
+                    writer.remove(epoch_path(kind, epoch))
+                    writer.remove(tensorboard_path(epoch))
+        for later in self._checkpoints.positions():
+            if later > position:
+                self._checkpoints.remove(later)
+        return state, records, damaged
 
     def _write_checkpoint(self, position: Position, state: dict[str, Any]) -> None:
-        self._check_that_it_is_ours()
         self._checkpoints.write(position, state)
         self._checkpoints.thin_out(self.parameters.keep_checkpoints, self.parameters.keep_every)
 
     def _write_tensorboard(self, epoch: int, records: list[dict[str, Any]]) -> None:
         # Optional on the workers of a cluster: records.jsonl says the same.
         with contextlib.suppress(ImportError):
-            self._write(tensorboard_path(epoch), tensorboard_events(records))
+            assert self.writer is not None
+            self.writer.submit_result(tensorboard_path(epoch), tensorboard_events(records))
 
     def _set_status(self, state: str, **details: Any) -> None:
         assert self.writer is not None
-        if self._state:
-            self._check_that_it_is_ours()
         self._state, self._signed_at = state, time.monotonic()
-        self.writer.set_status(state, job=self._attempt, restarts=self._restarts, **details)
-
-    def _check_that_it_is_ours(self) -> None:
-        # A rank that was suspended and wakes up must not write into what others now train.
-        if self._run.status().job != self._attempt:
-            raise RunError(f"another job goes on with {self._run.url}: this one ends here")
+        self.writer.set_status(state, job=self.writer.attempt, restarts=self._restarts, **details)
 
     def _look(self) -> None:
         assert self.writer is not None
@@ -284,13 +360,18 @@ class BackgroundWriter:
                 return
 
 
-def claim_run(run: str, parameters: TrainingParameters, resume: bool) -> None:
+def claim_run(
+    run: str,
+    parameters: TrainingParameters,
+    images: ImageSet,
+    resume: bool,
+    new_images: bool,
+) -> None:
     """Make sure that `run` is new, or one that `launch` has reserved, or one to resume.
 
-    Of the latter, files that a killed rank has half written are deleted.
-
     Raises:
-        RunError: if it is taken, or `resume` finds no run or one of other parameters.
+        RunError: if it is taken, or `resume` finds no run, or one of other parameters, or (but
+            for `new_images`) one of other images.
     """
     if not RunWriter(run).exists(PARAMETERS):
         if resume:
@@ -303,13 +384,15 @@ def claim_run(run: str, parameters: TrainingParameters, resume: bool) -> None:
             create_run(run, parameters)  # which refuses
         return
     refuse_differences(run, existing.parameters, parameters)
-    # All that ranks write, but not `stop`: somebody may be asking for it just now. A rank of an
-    # earlier attempt that still lives then fails to put its file in place, as it should.
-    RunWriter(run).remove_unfinished(PARAMETERS, STATUS, "*/*")
+    if not new_images:
+        refuse_other_images(run, images)
 
 
 def refuse_differences(run: str, old: TrainingParameters, new: TrainingParameters) -> None:
-    """Raise RunError, naming each parameter that a resumed run may not be told anew."""
+    """Raise RunError, naming each parameter that a resumed run may not be told anew.
+
+    It may not be told to end before the place that it has reached, either.
+    """
     was, now = old.to_dict(), new.to_dict()
     differences = [
         f"{name} was {was[name]!r} and is {now[name]!r}"
@@ -321,48 +404,24 @@ def refuse_differences(run: str, old: TrainingParameters, new: TrainingParameter
             f"{run} cannot be resumed with other parameters: {'; '.join(differences)}. "
             f"Only {', '.join(MAY_CHANGE)} may change"
         )
+    reached = open_run(run).positions()[-1:]
+    if reached > [Position(new.epochs)]:
+        raise RunError(
+            f"epochs is {new.epochs}, and the newest checkpoint of {run} is {reached[0]}: "
+            "epochs counts from the start of the run, so give a larger number"
+        )
 
 
-def take_up(run: str, start_over: bool) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
-    """The newest whole checkpoint of a run, from which it goes on; what came later is deleted.
-
-    Args:
-        run: URL of the run directory.
-        start_over: begin anew where every checkpoint is damaged.
-
-    Returns:
-        The checkpoint's content (empty if there is none), the records of the epoch that
-        it is inside of, and what was wrong with newer checkpoints.
-
-    Raises:
-        RunError: if every checkpoint is damaged.
-    """
-    writer = RunWriter(run)
-    checkpoints = Checkpoints(writer)
-    position, state, damaged = checkpoints.newest()
-    if position is None:
-        if damaged and not start_over:
-            raise RunError(
-                f"all checkpoints in {run} are damaged, the newest: {damaged[0]}. Launch a new run"
-            )
-        position = Position(0)
-    opened = open_run(run)
-    records: list[dict[str, Any]] = []
-    if position.within and position.epochs + 1 in opened.epochs("records"):
-        known = opened.records([position.epochs + 1]).to_dict("records")
-        records = [record for record in known if record["iteration"] <= state["iteration"]]
-    # An iteration is recorded once: what follows the checkpoint is trained again.
-    for kind in ("records", "samples"):
-        for epoch in opened.epochs(kind):
-            if records and kind == "records" and epoch == position.epochs + 1:
-                writer.submit_result(epoch_path(kind, epoch), _lines(records))
-            elif epoch > position.epochs:
-                writer.remove(epoch_path(kind, epoch))
-                writer.remove(tensorboard_path(epoch))
-    for later in checkpoints.positions():
-        if later > position:
-            checkpoints.remove(later)
-    return state, records, damaged
+def refuse_other_images(run: str, images: ImageSet) -> None:
+    """Raise RunError if a run was trained on other images than those with which it is to go on."""
+    info = open_run(run).info()
+    then = info.get("images_sha256", "")
+    if then and then != images.checksum():
+        raise RunError(
+            f"{run} was trained on {info['images']:,} images, and the {len(images):,} that are now "
+            f"in {images.source or 'its source'} are not the same: bring the old ones back, or "
+            "go on with these by new_images=True"
+        )
 
 
 def tensorboard_path(epoch: int) -> str:

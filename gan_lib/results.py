@@ -8,6 +8,7 @@ A run lives in one directory, here or in an object store:
     samples/epoch_0107.png       the same latent vectors every time
     checkpoints/epoch_0107.pt    all that is needed to go on; see gan_lib.checkpoints
     stop                         somebody asks the run to end
+    regroup                      its supervisor asks it to go on with more workers
     tensorboard/                 the same records for TensorBoard
 
 Every file is written whole and put in place at once, so a reader never sees
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 _CHECKOUT = Path(__file__).parents[1]
 RUNS = str(_CHECKOUT / "runs" if (_CHECKOUT / "pyproject.toml").exists() else Path.cwd() / "runs")
 
-PARAMETERS, STATUS, STOP = "parameters.json", "status.json", "stop"
+PARAMETERS, STATUS, STOP, REGROUP = "parameters.json", "status.json", "stop", "regroup"
 # The kinds of files that come once per epoch, with their endings.
 _PER_EPOCH = {"records": ".jsonl", "samples": ".png", "checkpoints": ".pt"}
 
@@ -94,14 +95,14 @@ class RunWriter(Folder):
         self.write(path, data.encode() if isinstance(data, str) else data)
 
     def request(self) -> str:
-        """What the file `stop` asks for: "epoch", "now" or "regroup"; empty without one."""
+        """What somebody asks for with the file `stop`: "epoch" or "now"; empty without one."""
         try:
             return self.read(STOP).decode().strip() or "epoch"
         except FileNotFoundError:
             return ""
 
     def set_status(self, state: str, **details: Any) -> None:
-        """Say what the run is doing: "waiting", "training", "stopped", "finished" or "failed"."""
+        """Say what the run is doing; see `RunStatus` for the states that there are."""
         self.submit_result(STATUS, json.dumps({"state": state, "time": time.time(), **details}))
 
 
@@ -147,7 +148,8 @@ class RunStatus:
     """What a run was last heard to do.
 
     Attributes:
-        state: "waiting", "training", "stopped", "finished" or "failed".
+        state: "waiting", "training"; or how it ended: "finished", "failed", "stopped" with a
+            checkpoint of where it was, or "interrupted" without.
         time: when it said so, in seconds since 1970.
         error: what ended it, if it failed.
         job: the attempt that may write into it.
@@ -336,7 +338,12 @@ class Run:
             RunWriter(self.url).submit_result(STOP, "now" if now else "epoch")
 
     def resume(
-        self, client: Client, n_workers: int | None = None, source: str = "", **changes: Any
+        self,
+        client: Client,
+        n_workers: int | None = None,
+        source: str = "",
+        new_images: bool = False,
+        **changes: Any,
     ) -> Job:
         """Go on from the newest checkpoint, on any cluster, with any number of workers.
 
@@ -344,6 +351,7 @@ class Run:
             client: of the cluster.
             n_workers: use only this many; None uses all.
             source: as in `images`.
+            new_images: go on also if the images are not those that the run was trained on.
             **changes: parameters that may change, such as `epochs`.
 
         Raises:
@@ -360,7 +368,7 @@ class Run:
                 f"({', '.join(sorted(unknown))}): resume it with the version that made it"
             )
         parameters = self.parameters.replace(source=self._trusted_source(source), **changes)
-        return launch(client, parameters, self.url, n_workers=n_workers, resume=True)
+        return launch(client, parameters, self.url, n_workers, resume=True, new_images=new_images)
 
     def watch(self) -> None:
         """Show the progress until the run ends, from its files alone, whoever started it."""

@@ -25,7 +25,8 @@ from gan_lib.batches import LATENTS, SAMPLES, WEIGHTS, Batch, Batches, stream_se
 from gan_lib.datasets import dataset_images
 from gan_lib.errors import DivergenceError, ParameterError
 from gan_lib.images import ImageSet, prepare_images
-from gan_lib.keeping import Keeper, claim_run, take_up
+from gan_lib.interrupts import interruptible
+from gan_lib.keeping import Keeper, claim_run
 from gan_lib.models import Discriminator, Generator, latent_vectors, render
 from gan_lib.parameters import TrainingParameters
 from gan_lib.progress import ProgressBar, Stopwatch, progress_text
@@ -86,10 +87,14 @@ def train_gan(
     images: ImageSet | Dataset[Any] | None = None,
     results: ResultsHandler | None = None,
     resume: bool = False,
+    new_images: bool = False,
     local_rank: int | None = None,
     progress: bool | None = None,
 ) -> TrainingResult:
     """Train a GAN as one rank: the only one, or one of those that torch.distributed knows.
+
+    Ctrl-C or SIGTERM ends it after the current step, with a checkpoint, as `stop(now=True)` does,
+    and is raised then; a second one ends it at once.
 
     Args:
         parameters: what to train; a mapping is checked like `TrainingParameters.from_mapping`.
@@ -98,6 +103,7 @@ def train_gan(
             Dataset of (image, label), which reads them anew each time (see `dataset_images`).
         results: also gets parameters.json and the records, e.g. a `DaskResultsHandler`.
         resume: go on from the newest whole checkpoint in `run`; from the start if there is none.
+        new_images: resume also if the images are not those that `run` was trained on.
         local_rank: which GPU of this machine to take; None asks the environment variable
             LOCAL_RANK, and takes the first GPU if that is not set.
         progress: show a progress bar; None shows one if this process is no rank of a cluster.
@@ -105,7 +111,7 @@ def train_gan(
     Raises:
         ParameterError: if the parameters are wrong, or differ between the ranks.
         SourceError: if there are no images.
-        RunError: if `run` is taken, or `resume` finds other parameters there.
+        RunError: if `run` is taken, or `resume` finds other parameters or images there.
         DivergenceError: if a loss is no longer a finite number.
         ReplicaError: if the ranks' networks are no longer equal.
         OSError: if the run directory can no longer be written.
@@ -129,33 +135,34 @@ def train_gan(
 
     training = _Training(parameters, ranks, device)
     attempt = os.environ.get(ATTEMPT_VARIABLE, "")
-    if run is not None:
-        # Rank 0 decides whether the place is good, and all ranks hear of it.
-        ranks.from_first(lambda: claim_run(run, parameters, resume))
-    keeper = Keeper(run, results, parameters, attempt) if ranks.rank == 0 else None
-    try:
-        records: list[dict[str, Any]] = []
-        damaged: list[str] = []
-        if run is not None and resume:
-            # Nobody is there to decide: a job that restarts begins anew if it has to.
-            start_over = restarts_before(attempt) > 0
-            state, records, damaged = ranks.from_first(lambda: take_up(run, start_over))
-            if state:
-                training.load(state)
-        if keeper is not None:
-            info = _describe(training, batches, checksum)
-            info["resumed"] = {"epoch": training.epoch, "damaged": damaged} if resume else None
-            keeper.keep_parameters(info)
-        result = _run_epochs(training, batches, keeper, records, show)
-        if keeper is not None:
-            ended = "stopped" if result.stopped else "finished"
-            if result.stopped and result.asked == "regroup":
-                ended = "waiting"
-            keeper.close(ended, granted=result.asked)
-    except Exception as error:
-        if keeper is not None:
-            keeper.fail(error)
-        raise
+    with interruptible(LEAVE):
+        if run is not None:
+            # Rank 0 decides whether the place is good, and all ranks hear of it.
+            ranks.from_first(lambda: claim_run(run, parameters, images, resume, new_images))
+        keeper = Keeper(run, results, parameters, attempt) if ranks.rank == 0 else None
+        try:
+            records: list[dict[str, Any]] = []
+            damaged: list[str] = []
+            if run is not None and resume:
+                # Nobody is there to decide: a job that restarts begins anew if it has to.
+                start_over = restarts_before(attempt) > 0
+                state, records, damaged = ranks.from_first(lambda: keeper.take_up(start_over))
+                if state:
+                    training.load(state)
+            if keeper is not None:
+                info = _describe(training, batches, checksum)
+                info["resumed"] = {"epoch": training.epoch, "damaged": damaged} if resume else None
+                keeper.keep_parameters(info)
+            result = _run_epochs(training, batches, keeper, records, show)
+            if keeper is not None:
+                ended = "stopped" if result.stopped else "finished"
+                if result.stopped and result.asked == "regroup":
+                    ended = "waiting"
+                keeper.close(ended)
+        except BaseException as error:
+            if keeper is not None:
+                keeper.fail(error)
+            raise
     result.run = run
     return result
 
@@ -372,7 +379,7 @@ def _run_steps(
     bar: ProgressBar,
 ) -> bool:
     """The steps of an epoch that are not done yet; True if the ranks are to stop at once."""
-    p = training.parameters
+    p, alone = training.parameters, not training.ranks.distributed
     losses: list[Tensor] = []
     for batch in stopwatch.over(batches.epoch(training.epoch + 1, training.steps_done)):
         found = training.step(batch)
@@ -380,7 +387,8 @@ def _run_steps(
         due = training.iteration % p.record_every == 0
         complete = training.steps_done == batches.steps_per_epoch
         leave = False
-        if due or complete or len(losses) == STEPS_BETWEEN_EXCHANGES:
+        now = alone and LEAVE.is_set()
+        if due or complete or now or len(losses) == STEPS_BETWEEN_EXCHANGES:
             wish = LEAVE.is_set() or (keeper is not None and keeper.asked_now)
             steps, leave = training.exchange(losses, wish)
             losses = []

@@ -97,6 +97,8 @@ def watch_from_outside(run: Run) -> None:
     status = run.status()
     if status.state == "failed":
         print(f"the run has failed: {status.error}")
+    elif status.state == "interrupted":
+        print("the run was interrupted: resume(client) goes on from the last checkpoint")
 
 
 def _newest_record(run: Run) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from gan_lib.checkpoints import Checkpoints, DamagedCheckpointError, Position
 from gan_lib.cluster import launch, run_ranks
 from gan_lib.errors import DivergenceError, ParameterError, ReplicaError, RunError
 from gan_lib.jobs import worth_a_retry
-from gan_lib.keeping import BackgroundWriter, Keeper, take_up
+from gan_lib.keeping import BackgroundWriter, Keeper
 from gan_lib.parameters import TrainingParameters
 from gan_lib.ranks import Ranks
 from gan_lib.results import RunWriter, open_run
@@ -71,7 +71,9 @@ def test_where_all_checkpoints_are_damaged(place: Path, tiny: TrainingParameters
     with pytest.raises(RunError, match=r"all checkpoints in .* are damaged"):
         train_gan(tiny.replace(checkpoint_every=1), run=str(place), resume=True)
     assert open_run(str(place)).epochs("records") == [1, 2, 3, 4]  # nothing was thrown away
-    state, records, damaged = take_up(str(place), start_over=True)
+    keeper = Keeper(str(place), None, tiny)
+    state, records, damaged = keeper.take_up(start_over=True)
+    keeper.close()
     assert (state, records, len(damaged)) == ({}, [], 3)
     assert open_run(str(place)).epochs("records") == []
 
@@ -180,6 +182,25 @@ def test_two_clusters_do_not_write_into_one_run(tmp_path: Path, tiny: TrainingPa
         sleeper.close()
     other.close()
     assert (tmp_path / "run" / "records" / "epoch_0001.jsonl").read_bytes() == before
+
+
+def test_what_another_job_has_trained_is_not_deleted(place: Path, tiny: TrainingParameters) -> None:
+    """A rank that was suspended while it looked for the newest checkpoint wakes up."""
+    sleeper = Keeper(str(place), None, tiny)
+    newest = sleeper._checkpoints.newest
+
+    def meanwhile() -> Any:
+        found = newest()
+        train_gan(tiny.replace(epochs=6, checkpoint_every=1), run=str(place), resume=True)
+        return found
+
+    sleeper._checkpoints.newest = meanwhile  # type: ignore[method-assign]
+    with pytest.raises(RunError, match="another job goes on"):
+        sleeper.take_up(start_over=False)
+    sleeper.fail(RunError())
+    assert open_run(str(place)).epochs("records") == [1, 2, 3, 4, 5, 6]
+    assert open_run(str(place)).epochs("checkpoints")[-1] == 6
+    assert open_run(str(place)).status().state == "finished"
 
 
 def test_what_cannot_be_written_for_a_moment_is_tried_again(

@@ -18,11 +18,12 @@ import fsspec
 import psutil
 import pytest
 from distributed import Client, Worker
+from PIL import Image
 from test_cluster import foreign_cluster
 
 from gan_lib.checkpoints import Checkpoints
 from gan_lib.cluster import close_cluster, connect, launch, start_cluster
-from gan_lib.errors import WorkerLostError
+from gan_lib.errors import RunError, WorkerLostError
 from gan_lib.jobs import Job
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results import Run, open_run
@@ -310,6 +311,51 @@ def test_too_many_restarts_end_with_the_cause(
         job.result(timeout=60)
     assert job.status == "failed"
     assert "is gone" in job.run.status().error
+
+
+def die_when_the_ranks_meet() -> None:
+    import torch.distributed as dist
+
+    dist.TCPStore = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[misc]
+
+
+def test_a_worker_that_is_killed_before_the_ranks_meet(
+    own_client: Client, steady: TrainingParameters
+) -> None:
+    first = [min(own_client.run(os.getpid))]
+    own_client.run(die_when_the_ranks_meet, workers=first)
+    job = launch(own_client, steady.replace(epochs=2))
+    # Where the others go on looking for it, they take part in no other attempt.
+    assert len(job.result(timeout=100)) == 2
+    assert len(job.restarts) == 1
+
+
+def test_a_job_goes_on_with_the_images_with_which_it_began(
+    own_client: Client, steady: TrainingParameters, tmp_path: Path
+) -> None:
+    source = tmp_path / "images"
+    source.mkdir()
+    for n in range(320):
+        Image.new("L", (16, 16), n % 256).save(source / f"{n:03d}.png")
+    told = steady.replace(source=str(source), max_images=0)
+    job = launch(own_client, told, run=str(tmp_path / "run"))
+    wait_until(lambda: trains(job), "training", job)
+    (source / "319.png").unlink()
+    Faults(own_client, job, random.Random(0)).kill()
+    job.stop()
+    job.result(timeout=60)
+    run = job.run
+    assert run.info()["images"] == 320
+    before = [(tmp_path / "run" / name).read_bytes() for name in ("parameters.json", "status.json")]
+    with pytest.raises(RunError, match=r"on 320 images, and the 319 .*new_images=True"):
+        run.resume(own_client)
+    after = [(tmp_path / "run" / name).read_bytes() for name in ("parameters.json", "status.json")]
+    assert after == before
+    done = run.positions()[-1].epochs
+    more = run.resume(own_client, epochs=done + 2, new_images=True)
+    assert len(more.result(timeout=60)) == 2
+    assert run.info()["images"] == 319
+    check_records(run)
 
 
 def test_a_worker_that_joins_is_taken_in(steady: TrainingParameters, tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 from distributed import Client
+from PIL import Image
 from torch import nn
 
-from gan_lib import ranks
+from gan_lib import keeping, ranks
 from gan_lib.cluster import run_ranks
 from gan_lib.errors import DivergenceError, ParameterError, RunError
 from gan_lib.images import ImageSet
@@ -229,6 +231,90 @@ def test_stop_and_go_on(tmp_path: Path, tiny: TrainingParameters) -> None:
     assert not again.stopped
     assert run.epochs("records") == [1, 2, 3, 4]
     assert again.weights_sha256 == train_gan(tiny).weights_sha256
+
+
+def test_a_stop_is_asked_for_until_its_checkpoint_is_written(
+    tmp_path: Path, tiny: TrainingParameters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping, "PAUSES", (0.01,))
+    place = tmp_path / "run"
+
+    class AsksWhereNoCheckpointCanBeWritten:
+        def submit_result(self, path: str, data: str | bytes) -> None:
+            if path.endswith("epoch_0001.jsonl"):
+                (place / "stop").write_bytes(b"")
+                (place / "checkpoints").write_bytes(b"in the way of a folder")
+
+    with pytest.raises(OSError, match="checkpoints"):
+        train_gan(tiny, run=str(place), results=AsksWhereNoCheckpointCanBeWritten())
+    assert (place / "stop").exists()
+    assert open_run(str(place)).status().state == "training"
+
+
+def test_a_request_of_the_supervisor_is_no_request_of_a_person(
+    tmp_path: Path, tiny: TrainingParameters
+) -> None:
+    place = tmp_path / "run"
+
+    class AsksForBoth:
+        def submit_result(self, path: str, data: str | bytes) -> None:
+            if path.endswith("epoch_0001.jsonl"):
+                (place / "stop").write_bytes(b"epoch")
+                (place / "regroup").write_bytes(b"")
+
+    result = train_gan(tiny, run=str(place), results=AsksForBoth())
+    assert (result.asked, open_run(str(place)).status().state) == ("epoch", "stopped")
+    assert not {"stop", "regroup"} & {path.name for path in place.iterdir()}
+    # What is left of attempts that were killed asks nothing of the next.
+    for name in ("stop", "regroup"):
+        (place / name).write_bytes(b"")
+    again = train_gan(tiny, run=str(place), resume=True)
+    assert (again.epochs, again.stopped) == (2, False)
+    assert not {"stop", "regroup"} & {path.name for path in place.iterdir()}
+
+
+def test_resuming_to_an_end_that_is_past_is_refused(
+    tmp_path: Path, tiny: TrainingParameters
+) -> None:
+    place = str(tmp_path / "run")
+    train_gan(tiny, run=place)
+    with pytest.raises(RunError, match=r"epochs is 2, and the newest checkpoint .* of epoch 4"):
+        train_gan(tiny.replace(epochs=2), run=place, resume=True)
+    assert open_run(place).status().state == "finished"
+    # To the same end it may be told to go on: it could have been killed just before.
+    assert train_gan(tiny, run=place, resume=True).epochs == 0
+    assert open_run(place).status().state == "finished"
+
+
+def test_resuming_with_other_images_is_refused(tmp_path: Path, tiny: TrainingParameters) -> None:
+    source, place = tmp_path / "images", str(tmp_path / "run")
+    source.mkdir()
+
+    def add_images(numbers: range) -> None:
+        for n in numbers:
+            Image.new("L", (20, 20), n).save(source / f"{n:02d}.png")
+
+    add_images(range(20))
+    told = tiny.replace(source=str(source), max_images=0, batch_size=10)
+    train_gan(told, run=place)
+    add_images(range(20, 22))
+    before = {path: path.read_bytes() for path in Path(place).rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match=r"on 20 images, and the 22 .*new_images=True"):
+        train_gan(told.replace(epochs=5), run=place, resume=True)
+    assert {p: p.read_bytes() for p in Path(place).rglob("*") if p.is_file()} == before
+    train_gan(told.replace(epochs=5), run=place, resume=True, new_images=True)
+    assert open_run(place).info()["images"] == 22
+    # These are now its images.
+    train_gan(told.replace(epochs=6), run=place, resume=True)
+
+
+def test_a_run_of_before_is_resumed(tmp_path: Path, tiny: TrainingParameters) -> None:
+    place = tmp_path / "run"
+    train_gan(tiny.replace(epochs=2), run=str(place))
+    info = json.loads((place / "parameters.json").read_text())
+    del info["images_sha256"]
+    (place / "parameters.json").write_text(json.dumps(info))
+    assert train_gan(tiny, run=str(place), resume=True).epochs == 2
 
 
 def test_a_run_is_never_overwritten(tmp_path: Path, tiny: TrainingParameters) -> None:
