@@ -233,15 +233,9 @@ def test_all_parameters_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--parameters"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert "04 05           run = " in "\n".join(listed)
-    for parameter in {
-        *TrainingParameters.names(),
-        "short_steps",
-        "n_workers",
-        "address",
-        "n_images",
-    }:
+    for parameter in (*TrainingParameters.names(), "short_steps", "n_workers", "n_images"):
         (line,) = [line for line in listed if f" {parameter} = " in line]
-        assert re.search(r"#  ?\S", line.replace("# ...", "# "))
+        assert "  # " in line
 
 
 def test_a_failing_cell_is_named_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
