@@ -40,7 +40,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     one.set_defaults(do=_verify)
 
     one = commands.add_parser("prepare", help="decode a source's images once, for training")
-    one.add_argument("source", help="a name, a folder of class folders, or any fsspec URL")
+    one.add_argument("source", help="a name, a folder of images, or any fsspec URL")
     one.add_argument("--size", type=int, default=64, help="pixels per side")
     one.add_argument("--channels", type=int, default=3, choices=(1, 3))
     one.add_argument("--crop", default="center", choices=CROPS)

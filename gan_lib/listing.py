@@ -153,7 +153,7 @@ def list_files(source: Source) -> Listing:
         skipped += [(folder, "a hidden folder") for folder in set(hidden.values()) - {""}]
         files = [file for file in files if not hidden[_folder(file[0])]]
     if not files and not skipped:
-        raise SourceError(f"the folder {source} is empty: put class folders of images into it")
+        raise SourceError(f"the folder {source} is empty: put images into it")
     files.sort()
     digest = hashlib.sha256()
     for path, size, stamp in files:
@@ -211,7 +211,7 @@ def _open_anew(source: Source) -> tuple[Source, fsspec.AbstractFileSystem, str]:
 def not_there(source: Source) -> SourceError:
     """The error for a place that does not exist."""
     return SourceError(
-        f"the source {source} does not exist: give a folder of class folders, "
+        f"the source {source} does not exist: give a folder of images, "
         f"or a source of data_manifest.json ({', '.join(manifest.sources())})"
     )
 
@@ -225,7 +225,7 @@ def no_images(files: Listing, reasons: Iterable[str] = ()) -> SourceError:
     why = f"; {', '.join(f'{n} x {why}' for why, n in common)}" if common else ""
     return SourceError(
         f"none of the {len(names)} files in {files.source} is an image that can be read "
-        f"(found: {found}{why}): give a folder of class folders of images"
+        f"(found: {found}{why}): give a folder of images"
     )
 
 

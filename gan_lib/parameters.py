@@ -35,7 +35,7 @@ class TrainingParameters:
     """
 
     # The images
-    source: str = "dog-silhouettes"  # a name in data_manifest.json, or a folder of class folders
+    source: str = "dog-silhouettes"  # a name in data_manifest.json, or a folder or URL of images
     image_size: int = 64  # pixels per side: 16, 32, 64, 128 or 256
     channels: int = 3  # 1 for grey, 3 for RGB
     crop: str = "center"  # "center" cuts the middle out; "squash" keeps all; "box" cuts to boxes
@@ -85,7 +85,7 @@ class TrainingParameters:
 
     def _check_values(self) -> None:
         if not self.source.strip():
-            raise ParameterError("source is empty: name a data source or a folder of class folders")
+            raise ParameterError("source is empty: name a data source or a folder of images")
         refuse_credentials("source", self.source)
         require_choice("image_size", self.image_size, IMAGE_SIZES)
         require_choice("channels", self.channels, (1, 3))

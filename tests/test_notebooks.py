@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import nbformat
 import pytest
 import yaml
+from distributed import Client
+from test_cluster import foreign_cluster
+from uploading import upload
 
 from gan_lib.__main__ import main
 from gan_lib.errors import NotebookError, ParameterError
 from gan_lib.notebooks import Executed, run_notebooks
 from gan_lib.parameters import TrainingParameters
+from gan_lib.practice import make_photographs
 from gan_lib.profiles import (
     CHECKOUT,
     FOLDER,
@@ -28,6 +37,7 @@ from gan_lib.profiles import (
     series_values,
 )
 from gan_lib.progress import parse_progress
+from gan_lib.results import open_run
 
 NAMES = ["01_data", "02_models", "03_parameters", "04_distributed_training", "05_results"]
 
@@ -127,16 +137,60 @@ def test_profiles_fit_the_notebooks(profile: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory: pytest.TempPathFactory) -> Executed:
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 110 photographs in colour, and of what lies between them."""
+    return make_photographs(tmp_path_factory.mktemp("photographs"), n=110)
+
+
+@contextlib.contextmanager
+def photographs_in_s3(folder: Path, photographs: Path, s3: str) -> Iterator[dict[str, Any]]:
+    """Fewer than 1,000 images in a bucket, and the run there too."""
+    upload(photographs, f"{s3}/photographs")
+    yield {"source": f"{s3}/photographs", "run": f"{s3}/runs/{folder.name}"}
+
+
+@contextlib.contextmanager
+def photographs_on_a_cluster(folder: Path, photographs: Path, s3: str) -> Iterator[dict[str, Any]]:
+    """More than 1,000 images in a folder, on a scheduler that already runs."""
+    for i in range(10):
+        shutil.copytree(photographs, folder / "photographs", dirs_exist_ok=True)
+        for path in (folder / "photographs").rglob("*_????.jpg"):
+            path.rename(path.with_stem(f"{path.stem}-{i}"))
+    with foreign_cluster(folder) as address:
+        source, run = str(folder / "photographs"), str(folder / "run")
+        yield {"source": source, "run": run, "address": address}
+
+
+@contextlib.contextmanager
+def silhouettes_here(folder: Path, photographs: Path, s3: str) -> Iterator[dict[str, Any]]:
+    """What the tiny profile says."""
+    yield {"run": str(folder / "run")}
+
+
+@pytest.fixture(
+    scope="module", params=[silhouettes_here, photographs_in_s3, photographs_on_a_cluster]
+)
+def executed(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    photographs: Path,
+    s3: str,
+) -> Iterator[tuple[Executed, dict[str, Any]]]:
+    """The executed series, and the profile that it was given."""
     folder = tmp_path_factory.mktemp("executed")
-    values = series_values(NAMES, read_profile("tiny"), {"run": str(folder / "run")})
-    return run_notebooks(NAMES, values, "tiny", folder=str(folder / "notebooks"))
+    profile = read_profile("tiny")
+    with request.param(folder, photographs, s3) as told:
+        if "source" in told:
+            profile |= {"channels": 3, "max_images": 0, "epochs": 2}
+        profile |= told
+        values = series_values(NAMES, profile, {})
+        yield run_notebooks(NAMES, values, "tiny", folder=str(folder / "notebooks")), profile
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_executes(name: str, executed: Executed) -> None:
-    notebook = nbformat.read(executed.folder / f"{name}.ipynb", as_version=4)
-    profile = read_profile("tiny")
+def test_executes(name: str, executed: tuple[Executed, dict[str, Any]]) -> None:
+    done, profile = executed
+    notebook = nbformat.read(done.folder / f"{name}.ipynb", as_version=4)
     injected = [c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])]
     given = {k: v for k, v in profile.items() if k in notebook_parameters(name)}
     if given:
@@ -150,19 +204,46 @@ def test_executes(name: str, executed: Executed) -> None:
             assert "error" not in kinds
             shown += sum("image/png" in output.get("data", {}) for output in cell.outputs)
     assert shown >= 2  # there is something to look at
-    assert (executed.folder / f"{name}.html").stat().st_size > 10_000
+    assert (done.folder / f"{name}.html").stat().st_size > 10_000
 
 
-def test_pictures_lie_beside_the_notebooks(executed: Executed) -> None:
-    pictures = [path.name for path in (executed.folder / "pictures").iterdir()]
+def test_the_short_runs_are_as_long_as_they_were_told(
+    executed: tuple[Executed, dict[str, Any]],
+) -> None:
+    done, profile = executed
+    notebook = nbformat.read(done.folder / "03_parameters.ipynb", as_version=4)
+    said = "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))
+    ((epochs, steps),) = re.findall(r"^(\d+) epochs of (\d+) steps$", said, flags=re.MULTILINE)
+    assert abs(int(epochs) * int(steps) - profile["short_steps"]) <= int(steps) / 2
+
+
+def test_no_worker_of_a_cluster_that_was_there_is_killed(
+    executed: tuple[Executed, dict[str, Any]],
+) -> None:
+    _, profile = executed
+    if "address" not in profile:
+        pytest.skip("it started its own")
+    with Client(profile["address"]) as client:
+        # They were started without a nanny: nobody starts a killed one again.
+        assert len(client.nthreads()) == 2
+
+
+def test_pictures_lie_beside_the_notebooks(executed: tuple[Executed, dict[str, Any]]) -> None:
+    pictures = [path.name for path in (executed[0].folder / "pictures").iterdir()]
     for name in NAMES:
         assert any(picture.startswith(name) for picture in pictures)
     assert any(picture.endswith(".gif") for picture in pictures)
 
 
-def test_the_run_is_where_it_was_asked_for(executed: Executed) -> None:
-    assert executed.run is not None
-    assert len(list(Path(executed.run, "records").iterdir())) == read_profile("tiny")["epochs"]
+def test_the_run_is_where_it_was_asked_for(executed: tuple[Executed, dict[str, Any]]) -> None:
+    done, profile = executed
+    assert done.run == profile["run"]
+    run = open_run(profile["run"])
+    assert run.epochs("records") == list(range(1, profile["epochs"] + 1))
+    # Nothing is left of the trainings on the way.
+    fs, root = fsspec.core.url_to_fs(profile["run"])
+    assert not fs.exists(f"{root}-patient")
+    assert not fs.exists(f"{root}-practice")
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
