@@ -222,6 +222,11 @@ class _WatchedEngine(Engine):
 papermill_engines.register("gan_lib", _WatchedEngine)
 
 
+# Without times: those of the bar's own making would be wrong, the text has the rate.
+_BUSY = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+_IDLE = "{desc}"
+
+
 class _SeriesProgress:
     """A bar for the cells of the series, and below it one for what a cell is doing.
 
@@ -233,10 +238,8 @@ class _SeriesProgress:
     def __init__(self, n_cells: int) -> None:
         self._live = sys.stderr.isatty()
         self._cells = tqdm(total=n_cells, unit="cell", disable=not self._live, position=0)
-        # Without times: those of the bar's own making would be wrong, the text has the rate.
-        shape = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
         self._inner = tqdm(
-            total=1, disable=not self._live, position=1, leave=False, bar_format=shape
+            total=1, disable=not self._live, position=1, leave=False, bar_format=_IDLE
         )
         self._name = ""
         self._printed_at = 0.0
@@ -252,9 +255,8 @@ class _SeriesProgress:
     def cell_done(self) -> None:
         self._cells.update(1)
         # What the cell was doing is done.
-        self._inner.set_description("")
-        self._inner.n = 0
-        self._inner.set_postfix_str("")
+        self._inner.bar_format = _IDLE
+        self._inner.set_description_str("")
 
     def write(self, text: str) -> None:
         for line in text.splitlines():
@@ -264,6 +266,7 @@ class _SeriesProgress:
             if state is None:
                 continue
             if self._live:
+                self._inner.bar_format = _BUSY
                 self._inner.set_description(state.description)
                 self._inner.total, self._inner.n = state.total, state.done
                 self._inner.set_postfix_str(state.text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import io
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from distributed import Client
 from test_cluster import foreign_cluster
 from uploading import upload
 
+from gan_lib import notebooks
 from gan_lib.__main__ import main
 from gan_lib.errors import NotebookError, ParameterError
 from gan_lib.notebooks import Executed, run_notebooks
@@ -37,7 +39,8 @@ from gan_lib.profiles import (
     series_values,
 )
 from gan_lib.progress import parse_progress
-from gan_lib.results import open_run
+from gan_lib.results import create_run, open_run
+from gan_lib.training import train_gan
 
 NAMES = ["01_data", "02_models", "03_parameters", "04_distributed_training", "05_results"]
 
@@ -337,6 +340,42 @@ def test_a_failing_cell_is_named_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
     kept = nbformat.read(tmp_path / "out" / "01_broken.ipynb", as_version=4)
     assert any("before" in o.get("text", "") for c in kept.cells for o in c.get("outputs", []))
     assert (tmp_path / "out" / "01_broken.html").exists()
+
+
+def test_the_bar_of_a_cell_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with notebooks._SeriesProgress(2) as progress:
+        progress.begin("04_distributed_training")
+        progress.write("training 13/13 step epoch 13/13")
+        assert "13/13" in str(progress._inner)
+        progress.cell_done()
+        progress.begin("05_results")
+        assert str(progress._inner).strip() == ""
+
+
+def test_results_of_a_run_of_one_epoch_with_blank_pictures(
+    tmp_path: Path, tiny: TrainingParameters
+) -> None:
+    place = str(tmp_path / "run")
+    train_gan(tiny.replace(epochs=1, lr_g=1e-12), run=place, progress=False)
+    done = run_notebooks(["05_results"], {"run": place}, "short", folder=str(tmp_path / "out"))
+    cells = nbformat.read(done.folder / "05_results.ipynb", as_version=4).cells
+    said = str([cell.get("outputs") for cell in cells])
+    assert "nearly blank: their distances say nothing about copies" in said
+    assert "epochs 1 to 1" not in said
+    assert "bin/tensorboard --logdir" in said
+
+
+def test_a_run_that_has_nothing_yet_is_told_so(tmp_path: Path, tiny: TrainingParameters) -> None:
+    create_run(str(tmp_path / "run"), tiny)
+    with pytest.raises(NotebookError, match=r"RunError: there is too little in .*run yet"):
+        run_notebooks(
+            ["05_results"], {"run": str(tmp_path / "run")}, "none", folder=str(tmp_path / "out")
+        )
 
 
 def test_headless_progress_is_read_back() -> None:
