@@ -29,7 +29,7 @@ class _Handler:
         self.first = number
         self.leave.set()
         # Not print: the signal may have come inside of another one.
-        os.write(2, b"\nending after the current step; another interrupt ends it at once\n")
+        os.write(2, b"\nending what runs, which keeps what it has done; once more ends at once\n")
 
 
 @contextlib.contextmanager

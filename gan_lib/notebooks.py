@@ -162,7 +162,6 @@ class _Stop(threading.Event):
     def set(self) -> None:
         """Called where a signal arrives, between any two instructions of the main thread."""
         super().set()
-        os.write(2, b"\nending what runs, which keeps what it has done; once more ends at once\n")
         self._interrupt()
 
     def _interrupt(self) -> None:
