@@ -69,10 +69,10 @@ def dataset_images(
             f"{max(image.max() for image in floats):.2f}, expected -1 to 1: add "
             "transforms.Normalize(0.5, 0.5) to its transform, after ToTensor"
         )
-    digest = hashlib.sha256(f"{n} {getattr(dataset, 'classes', '')}".encode())
-    digest.update(pixels[some[:1]].tobytes())
     classes = tuple(map(str, getattr(dataset, "classes", None) or ["images"]))
     labels = np.asarray(getattr(dataset, "targets", np.zeros(n)), dtype=np.int64)
+    # Not of pixels: those that its transform draws at random are others each time.
+    digest = hashlib.sha256(f"{n} {classes} {labels.tolist()}".encode())
     return ImageSet(
         pixels, labels, classes, source=type(dataset).__name__, _checksum=digest.hexdigest()
     )

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +114,7 @@ class Job:
             # Another job that is launched next should see that these workers are taken.
             self._has_begun.wait()
         except BaseException:
-            self.stop(now=True)  # nobody will get to hold this job
+            _end([self])  # nobody will get to hold it
             raise
 
     def __repr__(self) -> str:
@@ -355,7 +355,11 @@ def end_jobs(client: Client | None = None) -> None:
     Args:
         client: only the jobs of this one; None means all.
     """
-    running = [job for job in _JOBS if not job.done() and client in (None, job._client)]
+    _end([job for job in _JOBS if client in (None, job._client)])
+
+
+def _end(jobs: Sequence[Job]) -> None:
+    running = [job for job in jobs if not job.done()]
     deadline = time.monotonic() + SECONDS_TO_PART
     try:
         for job in running:

@@ -21,7 +21,7 @@ from uploading import upload
 
 from gan_lib.cluster import launch
 from gan_lib.datasets import dataset_images
-from gan_lib.errors import ParameterError, SourceError
+from gan_lib.errors import ParameterError, RunError, SourceError
 from gan_lib.images import ImageSet, prepare_images
 from gan_lib.parameters import TrainingParameters
 from gan_lib.training import TrainingResult, train_gan
@@ -118,6 +118,18 @@ def test_training_from_s3_image_folder(on_s3: tuple[str, Path], tmp_path: Path) 
     prepared = prepare_images(str(folder), 16, cache=str(tmp_path / "cache"))
     assert found.iterations == 2
     assert found.weights_sha256 == train_gan(P, images=prepared, progress=False).weights_sha256
+
+
+def test_a_dataset_that_draws_at_random_is_resumed(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "dogs", ["a", "b"], 8)
+    noisy = transforms.Compose([transforms.RandomCrop(16), AS_TENSOR])
+    run = str(tmp_path / "run")
+    train_gan(P, images=ImageFolder(str(folder), noisy), run=run)
+    more = P.replace(epochs=2)
+    assert train_gan(more, images=ImageFolder(str(folder), noisy), run=run, resume=True).epochs == 1
+    make_folder(folder, ["c"], 1)
+    with pytest.raises(RunError, match=r"on 16 images, and the 17 "):
+        train_gan(more, images=ImageFolder(str(folder), noisy), run=run, resume=True)
 
 
 def test_a_stray_file_under_the_prefix_is_named(on_s3: tuple[str, Path], s3: str) -> None:
