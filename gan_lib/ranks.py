@@ -158,8 +158,8 @@ def pick_precision(wanted: str, device: torch.device, ranks: Ranks) -> tuple[str
 def speed_of_bfloat16(device: torch.device) -> str:
     """Training in bfloat16 is "faster" than in float32 on the device, "slower", or "emulated".
 
-    Measured on one CPU (torch 2.14, 16 to 64 pixels): 1.0 to 2.5 times as fast with AMX, 0.8 to
-    0.9 times with AVX512-BF16 alone; emulated, on another one with AVX2 alone, a hundredth.
+    Measured with torch 2.14 at 16 to 64 pixels: 1.0 to 2.5 times as fast with AMX, 0.8 to 0.9
+    times with AVX512-BF16 alone; emulated, 0.4 times with AVX-512 and 0.01 times with AVX2.
     """
     if device.type == "cuda":
         has_it = torch.cuda.is_bf16_supported(including_emulation=False)
