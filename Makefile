@@ -32,7 +32,7 @@ format: $(READY)  ## format the code and strip the notebooks' outputs
 lock: $(READY)  ## write requirements.lock anew from pyproject.toml
 	@$(PY) -m uv pip compile --universal --python-version 3.11 --all-extras --upgrade \
 	  --constraint constraints.txt --no-annotate --custom-compile-command "make lock" \
-	  pyproject.toml -o requirements.lock
+	  --generate-hashes pyproject.toml -o requirements.lock
 
 clean:  ## remove the environment and caches; runs and executed notebooks stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
@@ -43,8 +43,7 @@ $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
 	@echo "installing torch and what else is in requirements.lock into $(VENV): 6 GB, 2 to 5 minutes"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep '^pip==' requirements.lock)"
-	@$(PY) -m pip install --quiet --no-deps --no-compile -r requirements.lock
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes -r requirements.lock
 	@$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
 # Python compiles what is imported, here and not in every process of the first run.
 	@PYTHONDONTWRITEBYTECODE= $(PY) -c "import gan_lib.cluster, gan_lib.notebooks, ipykernel.kernelapp, s3fs, tensorboard.summary.writer.record_writer, torch.utils.data, dask_pytorch_ddp.dispatch, distributed.nanny"

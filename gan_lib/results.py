@@ -166,8 +166,8 @@ class RunStatus:
 class Run:
     """A run directory, read only.
 
-    Anybody may have written it: what is not as it should be is a RunError, and what this
-    version of gan_lib does not know is passed over.
+    Anybody may have written it: what is missing or not as it should be is a RunError, and what
+    this version of gan_lib does not know is passed over.
 
     Attributes:
         url: where it lives.
@@ -202,11 +202,7 @@ class Run:
             return info | {"parameters": told | TrainingParameters(**known).to_dict()}
 
     def status(self) -> RunStatus:
-        """What the run was last heard to do.
-
-        Raises:
-            RunError: if status.json is damaged.
-        """
+        """What the run was last heard to do."""
         try:
             data = self._folder.read(STATUS)
         except FileNotFoundError:
@@ -230,9 +226,6 @@ class Run:
 
         Args:
             epochs: only these; None means all.
-
-        Raises:
-            RunError: if one of them has none, or its file is damaged.
         """
         chosen = self.epochs("records") if epochs is None else epochs
         lines: list[dict[str, Any]] = []
@@ -242,11 +235,7 @@ class Run:
         return pd.DataFrame(lines)
 
     def samples(self, epochs: Sequence[int] | None = None) -> dict[int, np.ndarray]:
-        """Epoch -> its picture, the same latent vectors in a grid: uint8, H x W x C.
-
-        Raises:
-            RunError: if one of the epochs has none, or it is damaged.
-        """
+        """Epoch -> its picture, the same latent vectors in a grid: uint8, H x W x C."""
         chosen = self.epochs("samples") if epochs is None else epochs
         pictures = {}
         for epoch, data in zip(chosen, self._read("samples", chosen), strict=True):
@@ -265,8 +254,7 @@ class Run:
                 written the run: its words decide what this process then reads.
 
         Raises:
-            RunError: if it is needed and missing, or is another.
-            As `prepare_images`.
+            As `prepare_images`, and RunError if `source` is needed, or is another.
         """
         p = self.parameters
         trusted = self._trusted_source(source)
@@ -315,13 +303,9 @@ class Run:
         """The generator as it was after an epoch, in eval mode on the CPU."""
         p = self.parameters
         generator = Generator(p.image_size, p.channels, p.nz, p.ngf, p.normalisation)
-        try:
-            generator.load_state_dict(self.checkpoint(epoch)["generator"])
-        except (KeyError, TypeError, RuntimeError):
-            raise RunError(
-                f"the checkpoint in {self.url} holds no generator of the size that {PARAMETERS} "
-                "says: open another epoch"
-            ) from None
+        state = self.checkpoint(epoch)
+        with self._understanding("checkpoints"):
+            generator.load_state_dict(state["generator"])
         return generator.eval()
 
     def generate(self, n: int, epoch: int | str = "latest", seed: int = 0) -> np.ndarray:
@@ -382,7 +366,8 @@ class Run:
         try:
             yield
         except Exception as error:
-            raise RunError(f"{self.url}/{path} is damaged: {describe(error)}") from None
+            said = describe(error).splitlines()[0]
+            raise RunError(f"{self.url}/{path} is damaged: {said}") from None
 
     def _read(self, kind: str, epochs: Sequence[int]) -> list[bytes]:
         paths = [epoch_path(kind, epoch) for epoch in epochs]

