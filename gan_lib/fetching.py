@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from itertools import islice
 from queue import SimpleQueue
-from threading import Lock
+from threading import Event, Lock
 from typing import Any, TypeVar
 
 import fsspec
@@ -85,9 +84,16 @@ def fetch_files(
                 read_any = True
                 results[place] = use(found, place)
 
-    files = _ReadAhead(lambda i: read(paths[i], sizes[i]), len(paths), n_readers, ahead)
-    with closing(files):
-        helpers = [_USERS.submit(use_some) for _ in range(threads - 1)]
+    files = _ReadAhead(lambda i, over: read(paths[i], sizes[i], over), len(paths), ahead)
+
+    def start() -> list[Future[None]]:
+        files.start(n_readers)
+        return [_USERS.submit(use_some) for _ in range(threads - 1)]
+
+    # Started in a thread of its own, because Ctrl-C reaches only the main one: a pool that it
+    # interrupts while a thread is made forgets that thread, and the process waits for ever to end.
+    with closing(files), ThreadPoolExecutor(1) as starter:
+        helpers = starter.submit(start).result()
         use_some()
         for helper in helpers:
             if not helper.cancel():
@@ -103,32 +109,34 @@ class _ReadAhead:
     interrupting whoever decodes. Both together took a quarter of a worker's time.
 
     Args:
-        read: the file at this place.
+        read: the file at this place; its event is set once nobody waits for it any more.
         n_files: how many there are.
-        n_readers: threads that read.
         ahead: files that are asked for and not yet taken, at most.
     """
 
     def __init__(
-        self, read: Callable[[int], bytes | Exception], n_files: int, n_readers: int, ahead: int
+        self, read: Callable[[int, Event], bytes | Exception], n_files: int, ahead: int
     ) -> None:
         self._read = read
         self._wanted: SimpleQueue[int | None] = SimpleQueue()
         self._arrived: SimpleQueue[tuple[int, bytes | Exception] | None] = SimpleQueue()
         self._places = iter(range(n_files))
-        self._n_files, self._n_taken = n_files, 0
+        self._n_files, self._n_taken, self._ahead = n_files, 0, ahead
         self._burst = max(1, ahead // 4)
-        self._closed = False
+        self._closed = Event()
         self._lock = Lock()
-        if not n_files:
+
+    def start(self, n_readers: int) -> None:
+        """Begin to read, in so many threads."""
+        if not self._n_files:
             self.close()
-        self._want(ahead)
-        for _ in range(min(n_readers, n_files, ahead)):
+        self._want(self._ahead)
+        for _ in range(min(n_readers, self._n_files, self._ahead)):
             _READERS.submit(self._read_some)
 
     def __iter__(self) -> Iterator[tuple[int, bytes | Exception]]:
         """Pairs of a file's place and its bytes, or why there are none."""
-        while (item := self._arrived.get()) is not None and not self._closed:
+        while (item := self._arrived.get()) is not None and not self._closed.is_set():
             with self._lock:
                 self._n_taken += 1
                 if self._n_taken == self._n_files:
@@ -140,7 +148,7 @@ class _ReadAhead:
 
     def close(self) -> None:
         """No more files, for no thread."""
-        self._closed = True
+        self._closed.set()
         self._wanted.put(None)
         self._arrived.put(None)
 
@@ -149,9 +157,9 @@ class _ReadAhead:
             self._wanted.put(place)
 
     def _read_some(self) -> None:
-        while (place := self._wanted.get()) is not None and not self._closed:
+        while (place := self._wanted.get()) is not None and not self._closed.is_set():
             try:
-                found = self._read(place)
+                found = self._read(place, self._closed)
             except Exception as error:
                 found = error
             self._arrived.put((place, found))
@@ -175,21 +183,20 @@ def _reason(source: Source, error: Exception) -> Unread:
     return Unread(f"cannot be read: {source.clean(said) or type(error).__name__}")
 
 
-def _reader(fs: fsspec.AbstractFileSystem) -> Callable[[str, int], bytes | Exception]:
-    """Reads one file, by its path and size, as suits the file system."""
+def _reader(fs: fsspec.AbstractFileSystem) -> Callable[[str, int, Event], bytes | Exception]:
+    """Reads one file, by its path and size, as suits the file system, until the event is set."""
     if isinstance(fs, LocalFileSystem):
-        return lambda path, size: _read_once(fs, path)
+        return lambda path, size, over: _read_once(fs, path)
     if is_s3(fs):
         return partial(_read_object, fs)
-    return lambda path, size: _read_file(fs, path)
+    return lambda path, size, over: _read_file(fs, path, over)
 
 
-def _read_file(fs: fsspec.AbstractFileSystem, path: str) -> bytes | Exception:
+def _read_file(fs: fsspec.AbstractFileSystem, path: str, over: Event) -> bytes | Exception:
     for pause in PAUSES:
         found = _read_once(fs, path)
-        if not _may_come_back(found):
+        if not _may_come_back(found) or over.wait(_about(pause)):
             return found
-        time.sleep(_about(pause))
     return _read_once(fs, path)
 
 
@@ -204,7 +211,7 @@ def _read_once(fs: fsspec.AbstractFileSystem, path: str) -> bytes | Exception:
         return error
 
 
-def _read_object(fs: Any, path: str, size: int) -> bytes | Exception:
+def _read_object(fs: Any, path: str, size: int, over: Event) -> bytes | Exception:
     """One object, through obstore; through s3fs itself where that does not work."""
     bucket, key, _ = fs.split_path(path)
     store = open_bucket(fs, bucket)
@@ -221,7 +228,8 @@ def _read_object(fs: Any, path: str, size: int) -> bytes | Exception:
             pass  # the network, or a store that asks for slowing down
         except BaseError:
             break
-        time.sleep(_about(pause))
+        if over.wait(_about(pause)):
+            return TimeoutError("given up")
     # s3fs may know another way in; otherwise it says why there is none.
     found = _read_once(fs, path)
     if store is not None and isinstance(found, bytes):

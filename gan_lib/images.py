@@ -23,6 +23,7 @@ import numpy as np
 from gan_lib import manifest
 from gan_lib.embedded import package_images
 from gan_lib.errors import ParameterError, SourceError
+from gan_lib.interrupts import interruptible
 from gan_lib.listing import Listing, find_source, list_files, no_images
 from gan_lib.parameters import CROPS, check_type, require_choice, require_range
 from gan_lib.progress import ProgressBar
@@ -131,6 +132,7 @@ def evenly_spread(n: int, total: int) -> np.ndarray:
     return np.linspace(0, total - 1, n).round().astype(np.int64)
 
 
+@interruptible()
 def prepare_images(
     source: str,
     image_size: int,
@@ -367,9 +369,12 @@ def _on_workers(client: Client, works: Sequence[Work], folder: Folder) -> _Made:
     for address, n_threads in client.nthreads().items():
         on_host[get_address_host(address)] += n_threads
     sharing = max(on_host.values(), default=1)
-    futures = client.map(make_shard, works, url=folder.url, sharing=sharing, key=keys, pure=False)
-    by_key = {future.key: work for future, work in zip(futures, works, strict=True)}
+    by_key = dict(zip(keys, works, strict=True))
+    futures = []
     try:
+        futures = client.map(
+            make_shard, works, url=folder.url, sharing=sharing, key=keys, pure=False
+        )
         for future in as_completed(futures):
             work = by_key[future.key]
             # The shard's own file says as much as the task's result, which would come through
