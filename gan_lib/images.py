@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 _Made = Generator[tuple[Work, dict[str, Any] | SourceError], None, None]
 # A source of which a larger part is no image is hardly the one that was meant.
 MUCH = 0.1
-# Files that are read at once, at least, to make up for some that are no images.
-SPARE = 32
+# Files that are read at least to make up for some that are no images.
+SPARE = 8
 
 
 class SkippedFilesWarning(UserWarning):
@@ -297,11 +297,9 @@ def _make_enough(
     untried = np.arange(len(files.paths))
     tried: list[int] = []
     shards: list[dict[str, Any]] = []
-    missing = told["max_images"] or len(untried)
-    while missing > 0 and len(untried):
-        # A few more than are missing, so that a folder without enough is soon gone through.
-        n = min(max(missing, SPARE if tried else 0), len(untried))
-        chosen = evenly_spread(n, len(untried))
+    n = told["max_images"] or len(untried)
+    while n > 0 and len(untried):
+        chosen = evenly_spread(min(n, len(untried)), len(untried))
         some = untried[chosen].tolist()
         untried = np.delete(untried, chosen)
         tried += some
@@ -312,7 +310,10 @@ def _make_enough(
         shards += _make_shards(works, folder, client, progress)
         # What could not be read is tried again by the next call, and needs no other in its place.
         n_made = sum(shard["count"] + len(shard["unread"]) for shard in shards)
-        missing = told["max_images"] - n_made if n_made else 0
+        n = told["max_images"] - n_made
+        if n > 0:
+            # As many as will do if no more of them are images than before.
+            n = max(SPARE, n * len(tried) // max(n_made, 1))
     return files.chosen(tried), shards
 
 
@@ -413,6 +414,6 @@ def _tell_what_was_skipped(images: ImageSet, index: dict[str, Any], progress: bo
     if index["unread"]:
         line += f"; the next call tries the {index['unread']:,} again that could not be read"
     if index["unread"] or len(images.skipped) > MUCH * index["files"]:
-        warnings.warn(f"{images.source}: {line}", SkippedFilesWarning, stacklevel=3)
+        warnings.warn(f"{images.source}: {line}", SkippedFilesWarning, stacklevel=4)
     elif progress:
         print(line)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -153,14 +155,70 @@ def test_a_network_that_is_lost_for_good_is_named(
         prepare_images(dogs[0], 16, storage_options=options(proxy), cache=str(tmp_path / "cache"))
 
 
-def test_one_object_that_never_arrives_is_skipped(
-    proxy: FaultProxy, dogs: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_what_could_not_be_read_is_tried_again(
+    proxy: FaultProxy,
+    dogs: tuple[str, Path],
+    tmp_path: Path,
+    s3: str,
+    monkeypatch: pytest.MonkeyPatch,
+    elsewhere: bool,
 ) -> None:
+    place, folder = dogs
     monkeypatch.setattr(fetching, "PAUSES", (0.1, 0.1))
+    monkeypatch.setattr(shards, "SMALLEST_SHARD", 8 * shards.COST_OF_FILE)
+    cache = f"{s3}/cache-{time.time_ns()}" if elsewhere else str(tmp_path / "cache")
+
+    def prepare() -> images.ImageSet:
+        return prepare_images(place, 16, storage_options=options(proxy), cache=cache)
+
     names = [f"a{i:03d}.png" for i in range(5)]
-    proxy.faults, proxy.times = dict.fromkeys(names, "500"), 10**6
-    with pytest.warns(SkippedFilesWarning, match="5 of 40 files skipped"):
-        found = prepare_images(
-            dogs[0], 16, storage_options=options(proxy), cache=str(tmp_path / "cache")
+    proxy.faults, proxy.times = dict.fromkeys(names, "expired"), 10**6
+    with pytest.warns(SkippedFilesWarning, match=r"5 of 40 files skipped.*tries the 5 again"):
+        some = prepare()
+    assert len(some) == 35
+    assert {url.rsplit("/", 1)[1] for url, _ in some.skipped} == set(names)
+    # Whoever has its address opens what there is.
+    assert pickle.loads(pickle.dumps(some)).checksum() == some.checksum()
+    proxy.faults = {}
+    proxy.seen.clear()
+    whole = prepare()
+    assert whole.skipped == ()
+    np.testing.assert_array_equal(whole.pixels, prepare_images(str(folder), 16).pixels)
+    # Only what lies in a shard with them is read again.
+    read = {name for name in proxy.seen if name.endswith(".png")}
+    assert set(names) <= read
+    assert len(read) < 10
+    proxy.seen.clear()
+    assert prepare().checksum() == whole.checksum()
+    assert not any(name.endswith(".png") for name in proxy.seen)
+
+
+def test_two_machines_that_each_miss_another_file_agree(
+    proxy: FaultProxy,
+    dogs: tuple[str, Path],
+    tmp_path: Path,
+    s3: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    place, folder = dogs
+    monkeypatch.setattr(fetching, "PAUSES", (0.1,))
+    cache = f"{s3}/cache-{time.time_ns()}"
+    port = urlsplit(os.environ["AWS_ENDPOINT_URL"]).port
+    assert port is not None
+    with fault_proxy(port) as other, ThreadPoolExecutor(2) as pool:
+        for machine, name in (proxy, "a003.png"), (other, "a005.png"):
+            machine.faults, machine.times = {name: "expired"}, 10**6
+        found = list(
+            pool.map(
+                lambda machine: prepare_images(
+                    place, 16, storage_options=options(machine), cache=cache, progress=False
+                ),
+                (proxy, other),
+            )
         )
-    assert len(found) == 35
+    assert all(len(each) in (39, 40) for each in found)
+    proxy.faults = {}
+    whole = prepare_images(place, 16, storage_options=options(proxy), cache=cache)
+    np.testing.assert_array_equal(whole.pixels, prepare_images(str(folder), 16).pixels)
+    assert images.open_prepared(whole.prepared).checksum() == whole.checksum()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import pickle
@@ -9,9 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from distributed import Client
@@ -22,8 +26,9 @@ from gan_lib import images as images_module
 from gan_lib import shards
 from gan_lib.decoding import decode_image, read_boxes
 from gan_lib.errors import SourceError
-from gan_lib.images import CacheNotSharedError, SkippedFilesWarning, prepare_images
+from gan_lib.images import CacheNotSharedError, SkippedFilesWarning, open_prepared, prepare_images
 from gan_lib.shards import INDEX, cut_into_shards
+from gan_lib.storage import Folder
 
 ANNOTATION = """<annotation><object><name>dog</name><bndbox>
 <xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object></annotation>"""
@@ -180,6 +185,105 @@ def test_a_cache_on_s3_is_copied_once(
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(first)).pixels, expected.pixels)
     copies = list((tmp_path / "another").rglob("*.npy"))
     assert len(copies) == 1
+
+
+@pytest.fixture
+def on_s3(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> Prepared:
+    """A preparation in a cache on S3, as machines without a copy of it see it."""
+    monkeypatch.setenv("GAN_LIB_CACHE", str(tmp_path / "here"))
+    source, cache = str(make_folder(tmp_path / "dogs")), f"{s3}/cache-{time.time_ns()}"
+    images = prepare_images(source, 16, cache=cache)
+    pixels = np.array(images.pixels)
+    monkeypatch.setenv("GAN_LIB_CACHE", str(tmp_path / "another"))
+    return Prepared(source, cache, images.prepared, pixels)
+
+
+@dataclass
+class Prepared:
+    source: str
+    cache: str
+    url: str
+    pixels: np.ndarray
+
+    def index(self) -> dict[str, Any]:
+        return json.loads(fsspec.filesystem("s3").cat_file(f"{self.url}/{INDEX}"))
+
+    def write(self, name: str, data: bytes) -> None:
+        fsspec.filesystem("s3").pipe_file(f"{self.url}/{name}", data)
+
+    def again(self) -> np.ndarray:
+        return prepare_images(self.source, 16, cache=self.cache).pixels
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "exchanged", "all missing"])
+def test_damaged_shards_elsewhere_are_made_again(on_s3: Prepared, damage: str) -> None:
+    fs = fsspec.filesystem("s3")
+    for number in range(4 if damage == "all missing" else 2):
+        shard = f"{on_s3.url}/shard_000{number}.npy"
+        data = fs.cat_file(shard)
+        if "missing" in damage:
+            fs.rm(shard)
+        else:
+            fs.pipe_file(shard, data[:100] if damage == "cut" else data[:-1] + b"!")
+    with pytest.raises(SourceError, match=r"damaged \(shard_0000.npy, shard_0001.*call prepare_im"):
+        open_prepared(on_s3.url)
+    np.testing.assert_array_equal(on_s3.again(), on_s3.pixels)
+    np.testing.assert_array_equal(open_prepared(on_s3.url).pixels, on_s3.pixels)
+
+
+def test_a_copy_is_never_taken_for_other_pixels(on_s3: Prepared) -> None:
+    old = open_prepared(on_s3.url)
+    # A shard of the same size takes the place of another, and the index says so.
+    other = io.BytesIO()
+    np.save(other, np.full((30, 16, 16, 3), 77, np.uint8))
+    on_s3.write("shard_0001.npy", other.getvalue())
+    index = on_s3.index()
+    index["shards"][1]["sha256"] = hashlib.sha256(other.getvalue()).hexdigest()
+    on_s3.write(INDEX, json.dumps(index).encode())
+    new = open_prepared(on_s3.url)
+    assert new.checksum() != old.checksum()
+    assert (new.pixels[30:60] == 77).all()
+    np.testing.assert_array_equal(new.pixels[:30], old.pixels[:30])
+
+
+@pytest.mark.parametrize("name", ["../../planted.npy", "planted.npy"])
+def test_an_index_does_not_say_where_files_go(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, cache = str(make_folder(tmp_path / "dogs")), f"memory://cache-{time.time_ns()}"
+    images = prepare_images(source, 16, cache=cache)
+    folder = Folder(images.prepared)
+    index = json.loads(folder.read(INDEX))
+    folder.write(name, folder.read("shard_0000.npy"))
+    index["shards"][0]["file"] = name
+    folder.write(INDEX, json.dumps(index).encode())
+    monkeypatch.setenv("GAN_LIB_CACHE", str(tmp_path / "another"))
+    with pytest.raises(SourceError, match="there are no prepared images at"):
+        open_prepared(images.prepared)
+    assert not list(tmp_path.rglob("planted.npy"))
+    again = prepare_images(source, 16, cache=cache)
+    assert again.checksum() == images.checksum()
+
+
+def test_as_many_images_as_were_asked_for(tmp_path: Path, cache: str) -> None:
+    folder = make_folder(tmp_path / "dogs")
+    # Those that are taken first are no images, others are.
+    files = sorted(folder.rglob("*.png"))
+    for i in (0, 60, 119):
+        files[i].write_text("no image")
+    three = prepare_images(str(folder), 16, max_images=3, cache=cache)
+    assert len(three) == len(three.labels) == 3
+    assert {Path(url).name for url, _ in three.skipped} == {"000.png", "020.png", "039.png"}
+    assert three.checksum() == prepare_images(str(folder), 16, max_images=3, cache=cache).checksum()
+    # What takes the place of others comes last, and each image has its own label.
+    some = prepare_images(str(folder), 16, max_images=110, cache=cache)
+    assert len(some) == 110
+    good = [file for i, file in enumerate(files) if i not in (0, 60, 119)]
+    labels = {Image.open(file).getpixel((0, 0)): "abc".index(file.parent.name) for file in good}
+    assert [labels[tuple(image[0, 0].tolist())] for image in some.pixels] == some.labels.tolist()
+    # Where there are not enough, there are all.
+    with_all = prepare_images(str(folder), 16, max_images=119, cache=cache)
+    assert with_all.images_per_class() == {"a": 39, "b": 39, "c": 39}
 
 
 def test_shards_do_not_depend_on_who_makes_them(tmp_path: Path) -> None:
