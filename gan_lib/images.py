@@ -13,8 +13,8 @@ import re
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -200,18 +200,13 @@ def prepare_images(
     }
     url = _place_in_cache(cache, source, told)
     folder = Folder(url)
-    try:
+    with _one_sentence(url):
         index = _finished(folder)
         if index is None:
             Folder(absolute(cache) if cache is not None else cache_home()).make_private()
             with folder.locked("preparing.lock", "*"):
                 index = _prepare(folder, files, annotations, told, client, progress)
-    except OSError as error:
-        raise SourceError(
-            f"the prepared images cannot be written to {url}: {error}. Name a place that can "
-            "be written as cache= or in the environment variable GAN_LIB_CACHE, or make room"
-        ) from None
-    images = _opened(url, folder, index)
+        images = _opened(url, folder, index)
     _tell_what_was_skipped(images, index, progress)
     return replace(images, source=source)
 
@@ -220,16 +215,29 @@ def open_prepared(url: str) -> ImageSet:
     """Open images that were prepared before, by the folder in which they were.
 
     Raises:
-        SourceError: if they are not there, or damaged.
+        SourceError: if they are not there, damaged, or cannot be read.
     """
     folder = Folder(url)
-    index = read_index(folder)
-    if index is None:
+    with _one_sentence(url):
+        index = read_index(folder)
+        if index is None:
+            raise SourceError(
+                f"there are no prepared images at {url}: give a cache that all workers reach, such "
+                "as s3://bucket/cache, as cache= or in the environment variable GAN_LIB_CACHE"
+            )
+        return _opened(url, folder, index)
+
+
+@contextmanager
+def _one_sentence(url: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
         raise SourceError(
-            f"there are no prepared images at {url}: give a cache that all workers reach, such "
-            "as s3://bucket/cache, as cache= or in the environment variable GAN_LIB_CACHE"
-        )
-    return _opened(url, folder, index)
+            f"the prepared images cannot be written to {url}, or read from there: {error}. Name a "
+            "place that can be written as cache= or in the environment variable GAN_LIB_CACHE, or "
+            "make room"
+        ) from None
 
 
 def _opened(url: str, folder: Folder, index: dict[str, Any]) -> ImageSet:

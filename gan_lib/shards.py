@@ -50,6 +50,8 @@ SHARDS = 64
 # costs as much as so many bytes more), nor so large that it fills a worker (in bytes of pixels).
 SMALLEST_SHARD, COST_OF_FILE = 6 * 2**20, 8 * 2**10
 LARGEST_SHARD = 64 * 2**20
+# What reading an index, or what is said of a shard, raises if it is not there or damaged.
+_UNUSABLE = (FileNotFoundError, ValueError, KeyError, TypeError)
 # What an index says is not believed: a shard has a name of this form, or is not opened.
 _SHARD = re.compile(r"shard_\d{4,}\.npy")
 # What is of no use any more once there is one file of all pixels.
@@ -180,9 +182,9 @@ def finished_shard(folder: Folder, work: Work) -> dict[str, Any] | None:
         info = json.loads(folder.read(f"{work.name}.json"))
         # Files that could not be read are in neither.
         files = sorted([*info["paths"], *(path for path, _ in info["skipped"])])
-    except (FileNotFoundError, ValueError):
+        whole = files == sorted(work.paths) and folder.size(f"{work.name}.npy") == info["bytes"]
+    except _UNUSABLE:
         return None
-    whole = files == sorted(work.paths) and folder.size(f"{work.name}.npy") == info["bytes"]
     return info if whole else None
 
 
@@ -325,11 +327,10 @@ def read_index(folder: Folder) -> dict[str, Any] | None:
     """The index of a preparation; None if there is none that can be used."""
     try:
         index = json.loads(folder.read(INDEX))
-    except (FileNotFoundError, ValueError):
+        ours = all(_SHARD.fullmatch(shard["file"]) for shard in index["shards"])
+        return index if ours and index["format"] == FORMAT else None
+    except _UNUSABLE:
         return None
-    if index.get("format") != FORMAT:
-        return None
-    return index if all(_SHARD.fullmatch(shard["file"]) for shard in index["shards"]) else None
 
 
 def checksum(index: Mapping[str, Any]) -> str:

@@ -231,6 +231,16 @@ def test_damaged_shards_elsewhere_are_made_again(on_s3: Prepared, damage: str) -
     np.testing.assert_array_equal(open_prepared(on_s3.url).pixels, on_s3.pixels)
 
 
+def test_a_copy_that_cannot_be_made_is_one_sentence(on_s3: Prepared, tmp_path: Path) -> None:
+    (tmp_path / "another").mkdir()
+    (tmp_path / "another" / "copies").touch()
+    for call in (lambda: open_prepared(on_s3.url), on_s3.again):
+        with pytest.raises(
+            SourceError, match=r"cannot be written .*copies.* GAN_LIB_CACHE, or mak"
+        ):
+            call()
+
+
 def test_a_copy_is_never_taken_for_other_pixels(on_s3: Prepared) -> None:
     old = open_prepared(on_s3.url)
     # A shard of the same size takes the place of another, and the index says so.
