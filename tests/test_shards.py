@@ -235,9 +235,7 @@ def test_a_copy_that_cannot_be_made_is_one_sentence(on_s3: Prepared, tmp_path: P
     (tmp_path / "another").mkdir()
     (tmp_path / "another" / "copies").touch()
     for call in (lambda: open_prepared(on_s3.url), on_s3.again):
-        with pytest.raises(
-            SourceError, match=r"cannot be written .*copies.* GAN_LIB_CACHE, or mak"
-        ):
+        with pytest.raises(SourceError, match=r"cannot be written .*copies.* GAN_LIB_CACHE"):
             call()
 
 
