@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from gan_lib.batches import Batches
 from gan_lib.cluster import close_cluster, start_cluster
+from gan_lib.decoding import FORMATS
 from gan_lib.images import ImageSet, prepare_images
 from gan_lib.parameters import TrainingParameters
 from gan_lib.practice import make_photographs
@@ -74,7 +75,7 @@ class FsspecFolder(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         fs, _ = fsspec.core.url_to_fs(self.url)
         with fs.open(self.paths[index]) as file:
-            return TRANSFORM(Image.open(file).convert("RGB")), 0
+            return TRANSFORM(Image.open(file, formats=FORMATS).convert("RGB")), 0
 
 
 ONE_PASS = {

@@ -22,6 +22,7 @@ from gan_lib.checkpoints import Checkpoints, Position
 from gan_lib.errors import RunError, describe
 from gan_lib.images import ImageSet
 from gan_lib.parameters import TrainingParameters
+from gan_lib.pictures import image_grid, png_bytes
 from gan_lib.results import (
     PARAMETERS,
     REGROUP,
@@ -31,9 +32,7 @@ from gan_lib.results import (
     RunWriter,
     create_run,
     epoch_path,
-    image_grid,
     open_run,
-    png_bytes,
     tensorboard_events,
 )
 

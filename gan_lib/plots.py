@@ -7,7 +7,6 @@ that a notebook shows when it is the last line of a cell.
 from __future__ import annotations
 
 import inspect
-import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -19,11 +18,11 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from PIL import Image
 
 from gan_lib.images import ImageSet, evenly_spread
 from gan_lib.models import Generator, latent_vectors, render
-from gan_lib.results import LOSSES, Run, image_grid
+from gan_lib.pictures import gif_bytes, image_grid
+from gan_lib.results import LOSSES, Run
 
 # Only what a notebook shows needs IPython; training on a cluster does without.
 if TYPE_CHECKING:
@@ -277,21 +276,6 @@ def _animation(frames: Sequence[np.ndarray], width: int) -> display.Image:
     from IPython import display
 
     return display.Image(data=gif_bytes(frames, width), format="gif")
-
-
-def gif_bytes(frames: Sequence[np.ndarray], width: int, milliseconds: int = 120) -> bytes:
-    """A GIF that repeats for ever; each frame is uint8, H x W x C."""
-    scale = max(1, width // frames[0].shape[1])
-    pages = []
-    for frame in frames:
-        page = Image.fromarray(frame.squeeze(-1) if frame.shape[-1] == 1 else frame)
-        size = (page.width * scale, page.height * scale)
-        pages.append(page.resize(size, Image.Resampling.NEAREST))
-    # The last frame is the result: let it stand a while.
-    durations = [milliseconds] * (len(pages) - 1) + [12 * milliseconds]
-    buffer = io.BytesIO()
-    pages[0].save(buffer, "gif", save_all=True, append_images=pages[1:], duration=durations, loop=0)
-    return buffer.getvalue()
 
 
 class _PlainFigure(Figure):

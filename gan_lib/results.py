@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from gan_lib import manifest
 from gan_lib.checkpoints import Checkpoints, Position
@@ -40,6 +39,7 @@ from gan_lib.images import ImageSet, prepare_images
 from gan_lib.listing import resolve_source
 from gan_lib.models import Generator, generate_images
 from gan_lib.parameters import TrainingParameters, check_type, require_range
+from gan_lib.pictures import read_png
 from gan_lib.storage import Folder
 
 if TYPE_CHECKING:
@@ -240,10 +240,7 @@ class Run:
         pictures = {}
         for epoch, data in zip(chosen, self._read("samples", chosen), strict=True):
             with self._understanding(epoch_path("samples", epoch)):
-                # What is no PNG may be a program: Pillow has Ghostscript run EPS.
-                opened = Image.open(io.BytesIO(data), formats=("PNG",))
-                image = np.asarray(opened if opened.mode == "L" else opened.convert("RGB"))
-            pictures[epoch] = image if image.ndim == 3 else image[..., None]
+                pictures[epoch] = read_png(data)
         return pictures
 
     def images(self, source: str = "") -> ImageSet:
@@ -394,34 +391,6 @@ def _join(epochs: Sequence[int]) -> str:
     if len(epochs) > 8:
         return f"{len(epochs)} epochs from {epochs[0]} to {epochs[-1]}"
     return "epochs " + ", ".join(map(str, epochs)) if epochs else "none"
-
-
-def image_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """Lay images side by side.
-
-    Args:
-        images: N x H x W x C.
-        columns: as many as make the grid square, if None.
-
-    Returns:
-        (rows * H) x (columns * W) x C; what is left over is black.
-    """
-    n, height, width, c = images.shape
-    columns = columns or max(1, round(np.sqrt(n)))
-    rows = -(-n // columns)
-    full = np.zeros((rows * columns, height, width, c), dtype=images.dtype)
-    full[:n] = images
-    grid = full.reshape(rows, columns, height, width, c).swapaxes(1, 2)
-    return grid.reshape(rows * height, columns * width, c)
-
-
-def png_bytes(picture: np.ndarray) -> bytes:
-    """A uint8 H x W x C array as a PNG file."""
-    buffer = io.BytesIO()
-    image = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
-    # Pillow's own level, 6, takes up to three times as long for nearly the same size.
-    image.save(buffer, "png", compress_level=4)
-    return buffer.getvalue()
 
 
 def tensorboard_events(records: list[dict[str, Any]]) -> bytes:

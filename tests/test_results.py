@@ -20,6 +20,7 @@ from gan_lib.cluster import launch
 from gan_lib.errors import RunError
 from gan_lib.models import render
 from gan_lib.parameters import TrainingParameters
+from gan_lib.pictures import image_grid
 from gan_lib.practice import make_photographs
 from gan_lib.results import (
     LOSSES,
@@ -27,7 +28,6 @@ from gan_lib.results import (
     RunStatus,
     RunWriter,
     create_run,
-    image_grid,
     open_run,
 )
 from gan_lib.results_handler import DaskResultsHandler

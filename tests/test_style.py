@@ -94,6 +94,12 @@ def test_links_lead_somewhere(name: str) -> None:
         assert Path(CHECKOUT / target).exists(), target
 
 
+def test_pillow_opens_only_formats_that_are_named() -> None:
+    for path in [*(CHECKOUT / "gan_lib").glob("*.py"), *(CHECKOUT / "benchmarks").glob("*.py")]:
+        for call in re.findall(r"Image\.open\(.*", path.read_text()):
+            assert "formats=" in call, path
+
+
 def test_a_module_can_be_read_at_one_sitting() -> None:
     for path in (CHECKOUT / "gan_lib").glob("*.py"):
         assert len(path.read_text().splitlines()) <= 450, path
