@@ -69,6 +69,7 @@ def dataset_images(
             f"{max(image.max() for image in floats):.2f}, expected -1 to 1: add "
             "transforms.Normalize(0.5, 0.5) to its transform, after ToTensor"
         )
+    pixels.image(0)  # raises if its size or values are others
     classes = tuple(map(str, getattr(dataset, "classes", None) or ["images"]))
     labels = np.asarray(getattr(dataset, "targets", np.zeros(n)), dtype=np.int64)
     # Not of pixels: those that its transform draws at random are others each time.
@@ -109,11 +110,7 @@ class _DatasetPixels:
             image, _ = self.dataset[index]
         # What a Dataset raises is its own affair: a bad file, a network, a bug.
         except Exception as error:
-            raise SourceError(
-                f"image {index}{self._name(index)} of the {type(self.dataset).__name__} cannot be "
-                f"read: {type(error).__name__}: {error}. Take it out, or use prepare_images, which "
-                "skips such files"
-            ) from error
+            raise self._cannot_be_read(index, error) from error
         return image.detach().cpu().numpy() if isinstance(image, Tensor) else image
 
     def image(self, index: int) -> np.ndarray:
@@ -121,7 +118,10 @@ class _DatasetPixels:
         _, size, _, channels = self.shape
         image = self.raw(index)
         if isinstance(image, Image.Image):
-            return fit_image(image, size, channels, self.crop)
+            try:
+                return fit_image(image, size, channels, self.crop)
+            except (OSError, ValueError) as error:
+                raise self._cannot_be_read(index, error) from error
         image = np.asarray(image)
         if image.shape == (channels, size, size):
             image = image.transpose(1, 2, 0)
@@ -140,6 +140,13 @@ class _DatasetPixels:
                 "transforms.Normalize(0.5, 0.5) after ToTensor"
             )
         return np.round((image + 1) * 127.5).clip(0, 255).astype(np.uint8)
+
+    def _cannot_be_read(self, index: int, error: Exception) -> SourceError:
+        return SourceError(
+            f"image {index}{self._name(index)} of the {type(self.dataset).__name__} cannot be "
+            f"read: {type(error).__name__}: {error}. Take it out, or use prepare_images, which "
+            "skips such files"
+        )
 
     def _name(self, index: int) -> str:
         for attribute in ("all_files", "samples", "imgs"):

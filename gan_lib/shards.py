@@ -26,7 +26,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, pairwise
-from threading import BoundedSemaphore
 from typing import Any
 
 import numpy as np
@@ -58,10 +57,6 @@ _SHARD = re.compile(r"shard_\d{4,}\.npy")
 _PARTS = re.compile(r"(shard_\d{4,}|pixels-[0-9a-f]{32})\.(npy|json|npy\.lock)")
 # Shards read and checked at the same time, as they are put together.
 _AT_ONCE = 8
-
-# Images decoded at the same time, per process: more than there are cores would take no less
-# time, and 100 MB more for each large photograph. A worker may have more threads than that.
-_DECODERS = BoundedSemaphore(CPU_COUNT)
 
 
 class DamagedError(SourceError):
@@ -252,8 +247,7 @@ def _boxes(work: Work) -> Sequence[Box | str | None]:
 def _decode(work: Work, data: bytes, box: Box | str | None) -> np.ndarray | str:
     known = None if isinstance(box, str) else box
     try:
-        with _DECODERS:
-            pixels = decode_image(data, work.image_size, work.channels, work.crop, known)
+        pixels = decode_image(data, work.image_size, work.channels, work.crop, known)
     # Pillow's plugins raise nearly anything on damaged files (SyntaxError and
     # struct.error among them); one bad file must not end the preparation.
     except Exception as error:

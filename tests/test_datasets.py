@@ -72,6 +72,11 @@ def test_a_dataset_trains_like_the_same_images(
         ([torch.rand(3, 16, 16) * 255 - 1] * 4, ParameterError, "expected -1 to 1"),
         ([torch.full((3, 16, 16), 300)] * 4, ParameterError, "int64 from 300.00 .*or uint8"),
         ([torch.rand(3, 8, 8) - 0.5] * 4, ParameterError, r"\(3, 8, 8\).*3 x 16 x 16"),
+        (
+            [Image.new("I", (16, 16), 4095)] * 4,
+            SourceError,
+            "image 0 .*4095, neither.*prepare_images",
+        ),
         ([OSError("no such key")] * 4, SourceError, "image 0 .*no such key.*prepare_images"),
         ([], SourceError, "empty"),
     ],

@@ -105,7 +105,7 @@ def test_pillow_decodes_a_jpeg_to_the_same_pixels(
 ) -> None:
     photographs = sorted(make_photographs(tmp_path, n=20, dirt=False).rglob("*.jpg"))
     files = [path.read_bytes() for path in photographs]
-    assert all(decoding._decode_jpeg(data, size, crop, BOX) for data in files)
+    assert all(decoding._decode_jpeg(data, size, 3, crop, BOX) is not None for data in files)
     quick = [decode_image(data, size, 3, crop, BOX) for data in files]
     monkeypatch.setattr(decoding, "_decode_jpeg", lambda *_: None)
     np.testing.assert_array_equal(quick, [decode_image(data, size, 3, crop, BOX) for data in files])
