@@ -204,7 +204,8 @@ def prepare_images(
         index = _finished(folder)
         if index is None:
             Folder(absolute(cache) if cache is not None else cache_home()).make_private()
-            with folder.locked("preparing.lock", "*"):
+            waiting = "another process prepares these images: waiting for it" if progress else ""
+            with folder.locked("preparing.lock", "*", waiting=waiting):
                 index = _prepare(folder, files, annotations, told, client, progress)
         images = _opened(url, folder, index)
     _tell_what_was_skipped(images, index, progress)

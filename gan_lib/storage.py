@@ -303,7 +303,7 @@ class Folder:
             self.fs.rm(target)
 
     @contextlib.contextmanager
-    def locked(self, path: str, *patterns: str) -> Iterator[None]:
+    def locked(self, path: str, *patterns: str, waiting: str = "") -> Iterator[None]:
         """One process at a time, on this machine; elsewhere nothing is locked.
 
         The lock of a process that dies is free at once.
@@ -313,6 +313,7 @@ class Folder:
             patterns: files that are only written under this lock, as in `remove_unfinished`,
                 which is done first for what this machine has written: another may not see the
                 lock, and still write.
+            waiting: is printed if another process has the lock.
         """
         if not self.is_local or fcntl is None:
             yield
@@ -322,6 +323,11 @@ class Folder:
         with open_to_append(target) as file:
             # Some network file systems lock nothing; then the same work may be done twice.
             with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if waiting:
+                        print(waiting, flush=True)
+                    fcntl.flock(file, fcntl.LOCK_EX)
                 self.remove_unfinished(*(f"{pattern}.{_MACHINE}" for pattern in patterns))
             yield

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,21 @@ def test_two_processes_at_once(tmp_path: Path, cache: str) -> None:
     said = {process.communicate()[0] for process in both}
     assert said == {prepare_images(str(folder), 16, cache=cache).checksum() + "\n"}
     assert not list(Path(cache).rglob("*.part"))
+
+
+def test_who_waits_for_another_process_says_so(
+    tmp_path: Path, cache: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(make_folder(tmp_path / "dogs"))
+    folder = Folder(prepare_images(source, 16, cache=cache).prepared)
+    folder.remove(INDEX)
+    with ThreadPoolExecutor(1) as pool:
+        with folder.locked("preparing.lock"):
+            waits = pool.submit(prepare_images, source, 16, cache=cache)
+            while "another process prepares these images" not in capsys.readouterr().out:
+                assert not waits.done()
+                time.sleep(0.01)
+        assert len(waits.result()) == 120
 
 
 def test_workers_prepare_the_same(tmp_path: Path, cache: str, client: Client) -> None:
