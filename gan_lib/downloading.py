@@ -23,7 +23,7 @@ from typing import Any
 from gan_lib import manifest
 from gan_lib.errors import SourceError
 from gan_lib.progress import ProgressBar
-from gan_lib.storage import Folder, local_cache
+from gan_lib.storage import Folder, local_cache, open_to_append
 
 # The folder that each of Stanford's archives unpacks to.
 FOLDERS = {"images": "Images", "annotation": "Annotation", "lists": "lists"}
@@ -134,7 +134,9 @@ def _go_on(url: str, part: Path, size: int, bar: ProgressBar) -> None:
         # 206 is "here is the part"; a server that knows no parts sends all of it.
         resumed = getattr(answer, "status", 200) == 206
         bar.update((done if resumed else 0) - bar.done)
-        with open(part, "ab" if resumed else "wb") as file:
+        if not resumed:
+            part.unlink(missing_ok=True)
+        with open_to_append(str(part)) as file:
             while data := answer.read(CHUNK):
                 file.write(data)
                 bar.update(len(data))

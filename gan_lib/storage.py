@@ -99,9 +99,10 @@ def refuse_credentials(name: str, url: str) -> None:
 
 def _may_hold_credential(part: str) -> bool:
     """Whether one part of a chain of addresses does."""
-    protocol, _, rest = part.rpartition("://")
-    before, _, fragment = rest.partition("#")
-    place, _, query = before.partition("?")
+    *before, rest = part.split("://", 1)
+    protocol = "".join(before).lower()
+    place, _, fragment = rest.partition("#")
+    place, _, query = place.partition("?")
     # A secret may hold any character, a slash, say: what comes before the last @ counts. But
     # `host:8080/a@b` is a port and a path, and in `github://owner:repository@branch` is no secret.
     user, at, _ = rest.rpartition("@")
@@ -109,10 +110,10 @@ def _may_hold_credential(part: str) -> bool:
     password = bool(at) and ":" in user.partition("/")[0] and not with_port
     # A name alone is a token for a web server, and elsewhere no more than a name: Azure's
     # `abfss://container@account`, say.
-    name_alone = protocol in ("http", "https") and "@" in place.partition("/")[0]
-    named = [*re.split("[&;]", query), *(x for x in re.split("[&;]", fragment) if "=" in x)]
-    unknown = [x for x in named if x and x.partition("=")[0].lower() not in _HARMLESS_IN_QUERY]
-    return (password and protocol != "github") or name_alone or bool(unknown)
+    name_alone = protocol in ("http", "https", "") and "@" in place.partition("/")[0]
+    told = re.split("[&;]", f"{query}&{fragment}" if "=" in fragment else query)
+    unknown = any(x and x.partition("=")[0].lower() not in _HARMLESS_IN_QUERY for x in told)
+    return (password and protocol != "github") or name_alone or unknown
 
 
 def without_secrets(text: str, options: Mapping[str, Any] | None = None) -> str:

@@ -194,6 +194,16 @@ def test_so_it_does_in_another_process(server: Server, capsys: pytest.CaptureFix
     assert server.ranges[-1] == "bytes=1000-"
 
 
+def test_a_link_in_the_place_of_a_download_is_not_followed(server: Server, tmp_path: Path) -> None:
+    precious = tmp_path / "precious.txt"
+    precious.write_text("not to be lost")
+    part = downloading.fetched_folder("dogs").parent / "images.tar.part"
+    part.parent.mkdir(parents=True)
+    part.symlink_to(precious)
+    assert main(["data", "fetch", "dogs", "--archive", "images"]) == 2
+    assert precious.read_text() == "not to be lost"
+
+
 def test_a_server_that_knows_no_ranges(server: Server) -> None:
     server.knows_ranges, server.cut_after = False, [1000]
     assert main(FETCH) == 0

@@ -41,6 +41,8 @@ def photographs(tmp_path: Path) -> str:
         "https://me:hunter2/hunter2@example.org/dogs",
         "https://ghp-token@example.org/dogs",
         "https://me:p@[::1]/dogs",
+        "HTTPS://me:hunter2::hunter2@example.org/dogs",
+        "https://example.org/dogs?dir=s3://a&token=hunter2",
         *(
             f"https://example.org/dogs?{name}=hunter2"
             for name in ("key", "api_key", "code", "auth")
