@@ -114,11 +114,10 @@ class Keeper:
             self._restarts = open_run(run).status().restarts if attempt else ()
             name = attempt or uuid.uuid4().hex
             if not attempt:
+                RunWriter(run).remove(STOP)  # it came too late for an earlier training
                 RunWriter(run).set_status("waiting", job=name)
             self.writer = OwnWriter(run, name)
-            # It was asked of an earlier attempt, and so was a stop if nobody supervises.
-            for request in (REGROUP,) if attempt else (REGROUP, STOP):
-                self.writer.remove(request)
+            self.writer.remove(REGROUP)  # it was asked of an earlier attempt
             self._checkpoints = Checkpoints(self.writer)
             self._background = BackgroundWriter(idle=self._look)
 
@@ -190,7 +189,8 @@ class Keeper:
         if self.writer is None:
             return ""
         self._background.check()
-        return self.writer.request() or ("regroup" if self.writer.exists(REGROUP) else "")
+        regroup = self._attempt and self.writer.exists(REGROUP)
+        return self.writer.request() or ("regroup" if regroup else "")
 
     def close(self, state: str = "") -> None:
         """Wait until all is written.
