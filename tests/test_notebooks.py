@@ -141,8 +141,8 @@ def test_profiles_fit_the_notebooks(profile: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 110 photographs in colour, and of what lies between them."""
-    return make_photographs(tmp_path_factory.mktemp("photographs"), n=110)
+    """A folder of 101 photographs in colour, and of what lies between them."""
+    return make_photographs(tmp_path_factory.mktemp("photographs"), n=101)
 
 
 @contextlib.contextmanager
