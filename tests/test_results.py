@@ -128,6 +128,17 @@ def test_what_others_have_written_wrongly_is_one_sentence(
     assert len(str(caught.value)) < 300
 
 
+def test_a_status_that_is_damaged_ends_a_training_in_one_sentence(
+    tiny: TrainingParameters, tmp_path: Path
+) -> None:
+    class DamagesIt:
+        def submit_result(self, path: str, data: str | bytes) -> None:
+            (tmp_path / "run/status.json").write_text("[]")
+
+    with pytest.raises(RunError, match=r"status.json is damaged: it is \[\]"):
+        train_gan(tiny, run=str(tmp_path / "run"), results=DamagesIt())
+
+
 def test_what_a_later_version_has_written_is_passed_over(
     run: Run, tmp_path: Path, client: Client
 ) -> None:
