@@ -40,6 +40,7 @@ from gan_lib.shards import (
     make_shard,
     open_pixels,
     read_index,
+    shard_info,
 )
 from gan_lib.storage import (
     Folder,
@@ -389,7 +390,7 @@ def _on_workers(client: Client, works: Sequence[Work], folder: Folder) -> _Made:
             work = by_key[future.key]
             # The shard's own file says as much as the task's result, which would come through
             # three event loops.
-            yield work, finished_shard(folder, work) or future.result()
+            yield work, shard_info(folder, work) or future.result()
     finally:
         client.cancel(futures)
 

@@ -285,8 +285,15 @@ def test_an_index_does_not_say_where_files_go(
     with pytest.raises(SourceError, match="there are no prepared images at"):
         open_prepared(images.prepared)
     assert not list(tmp_path.rglob("planted.npy"))
+    # Nor does what is said of a shard.
+    info = {**json.loads(folder.read("shard_0001.json")), "file": name}
+    folder.write("shard_0001.json", json.dumps(info).encode())
+    folder.remove("shard_0002.npy")
+    folder.write(name, b"cut")
+    folder.write(name.replace(".npy", ".json"), b"{}")
     again = prepare_images(source, 16, cache=cache)
     assert again.checksum() == images.checksum()
+    assert (folder.read(name), folder.read(name.replace(".npy", ".json"))) == (b"cut", b"{}")
 
 
 def test_as_many_images_as_were_asked_for(tmp_path: Path, cache: str) -> None:
