@@ -35,6 +35,7 @@ PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)
 # took a tenth of a preparation.
 _READERS = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="reading")
 _USERS = ThreadPoolExecutor(CPU_COUNT, thread_name_prefix="using")
+_CHANGED = "it was changed between listing and reading"
 
 
 class Unread(str):
@@ -186,29 +187,31 @@ def _reason(source: Source, error: Exception) -> Unread:
 def _reader(fs: fsspec.AbstractFileSystem) -> Callable[[str, int, Event], bytes | Exception]:
     """Reads one file, by its path and size, as suits the file system, until the event is set."""
     if isinstance(fs, LocalFileSystem):
-        return lambda path, size, over: _read_once(fs, path)
+        return lambda path, size, over: _read_once(fs, path, size)
     if is_s3(fs):
         return partial(_read_object, fs)
-    return lambda path, size, over: _read_file(fs, path, over)
+    return partial(_read_file, fs)
 
 
-def _read_file(fs: fsspec.AbstractFileSystem, path: str, over: Event) -> bytes | Exception:
+def _read_file(
+    fs: fsspec.AbstractFileSystem, path: str, size: int, over: Event
+) -> bytes | Exception:
     for pause in PAUSES:
-        found = _read_once(fs, path)
-        if not _may_come_back(found) or over.wait(_about(pause)):
+        found = _read_once(fs, path, size)
+        if isinstance(found, bytes | FileNotFoundError | PermissionError):
             return found
-    return _read_once(fs, path)
+        if over.wait(_about(pause)):
+            return found
+    return _read_once(fs, path, size)
 
 
-def _may_come_back(result: bytes | Exception) -> bool:
-    return isinstance(result, OSError) and not isinstance(result, FileNotFoundError)
-
-
-def _read_once(fs: fsspec.AbstractFileSystem, path: str) -> bytes | Exception:
+def _read_once(fs: fsspec.AbstractFileSystem, path: str, size: int) -> bytes | Exception:
     try:
-        return fs.cat_file(path)
+        # One byte more shows that it has grown; all of it might fill the memory.
+        data = fs.cat_file(path, end=size + 1) if size else b""
     except Exception as error:
         return error
+    return data if len(data) == size else OSError(_CHANGED)
 
 
 def _read_object(fs: Any, path: str, size: int, over: Event) -> bytes | Exception:
@@ -217,13 +220,16 @@ def _read_object(fs: Any, path: str, size: int, over: Event) -> bytes | Exceptio
     store = open_bucket(fs, bucket)
     for pause in PAUSES if store is not None else ():
         try:
-            data = store.get(key).bytes().to_bytes()
+            answer = store.get(key)
+            if answer.meta["size"] != size:
+                return OSError(_CHANGED)
+            data = answer.bytes().to_bytes()
             if len(data) == size:
                 return data
         except FileNotFoundError as error:
             return error
         except InvalidPathError:
-            return _read_once(fs, path)
+            return _read_once(fs, path, size)
         except (GenericError, OSError):
             pass  # the network, or a store that asks for slowing down
         except BaseError:
@@ -231,7 +237,7 @@ def _read_object(fs: Any, path: str, size: int, over: Event) -> bytes | Exceptio
         if over.wait(_about(pause)):
             return TimeoutError("given up")
     # s3fs may know another way in; otherwise it says why there is none.
-    found = _read_once(fs, path)
+    found = _read_once(fs, path, size)
     if store is not None and isinstance(found, bytes):
         leave_to_s3fs(fs, bucket)
     return found

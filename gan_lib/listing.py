@@ -41,8 +41,12 @@ _S3_PATIENCE = {"connect_timeout": 5, "read_timeout": 15}
 # Folders whose files were not put there by a person, beside those that begin with a dot: macOS
 # and Synology keep data of their own in them, thumbnails among them.
 _NOT_MEANT = ("__MACOSX", "@eaDir")
-# What different file systems call the version of a file.
-_STAMPS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "updated", "mtime")
+# What different file systems call the version of a file, the surest first.
+_STAMPS = (
+    *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "CRC", "sha", "checksum", "blob_id"),
+    *("LastModified", "last_modified", "Last-Modified", "updated", "mtime", "modify", "modified"),
+    *("modificationTime", "created"),
+)
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ def list_files(source: Source) -> Listing:
         if isinstance(fs, LocalFileSystem):
             files, skipped = _walk(source, root)
         else:
-            files, skipped = _find(source, fs, root), []
+            files, skipped = _find(source, fs, root)
     hidden = {folder: _hidden_part(folder) for folder in {_folder(path) for path, _, _ in files}}
     if any(hidden.values()):
         skipped += [(folder, "a hidden folder") for folder in set(hidden.values()) - {""}]
@@ -265,9 +269,11 @@ def _one_sentence(source: Source) -> Iterator[None]:
 _File = tuple[str, int, str]
 
 
-def _find(source: Source, fs: fsspec.AbstractFileSystem, root: str) -> list[_File]:
+def _find(
+    source: Source, fs: fsspec.AbstractFileSystem, root: str
+) -> tuple[list[_File], list[tuple[str, str]]]:
     found = _find_objects(fs, root) if is_s3(fs) else None
-    return _find_files(source, fs, root) if found is None else found
+    return _find_files(source, fs, root) if found is None else (found, [])
 
 
 def _find_objects(fs: fsspec.AbstractFileSystem, root: str) -> list[_File] | None:
@@ -285,7 +291,9 @@ def _find_objects(fs: fsspec.AbstractFileSystem, root: str) -> list[_File] | Non
         return None
 
 
-def _find_files(source: Source, fs: fsspec.AbstractFileSystem, root: str) -> list[_File]:
+def _find_files(
+    source: Source, fs: fsspec.AbstractFileSystem, root: str
+) -> tuple[list[_File], list[tuple[str, str]]]:
     top = fs.ls(root, detail=True)
     if [info["name"].rstrip("/") for info in top] == [root] and top[0]["type"] == "file":
         raise SourceError(f"the source {source} is a file, not a folder: name its folder")
@@ -294,14 +302,36 @@ def _find_files(source: Source, fs: fsspec.AbstractFileSystem, root: str) -> lis
     with ThreadPoolExecutor(LIST_AT_ONCE) as pool:
         for below in pool.map(lambda folder: fs.find(folder, detail=True), folders):
             found |= below
-    if not found and not folders:
-        raise not_there(source)
-    return [
-        (path[len(root) + 1 :], info["size"] or 0, _stamp(info))
-        for path, info in found.items()
+        if not found and not folders:
+            raise not_there(source)
         # An object whose name ends with a slash marks a folder.
-        if info["type"] == "file" and not path.endswith("/")
-    ]
+        infos = [i for path, i in found.items() if i["type"] == "file" and not path.endswith("/")]
+        told = list(pool.map(lambda info: _size_and_stamp(source, fs, info), infos))
+    files, skipped = [], []
+    for info, (size, stamp, why_not) in zip(infos, told, strict=True):
+        path = info["name"][len(root) + 1 :]
+        if why_not:
+            skipped.append((path, why_not))
+        else:
+            files.append((path, size, stamp))
+    return files, skipped
+
+
+def _size_and_stamp(
+    source: Source, fs: fsspec.AbstractFileSystem, info: Mapping[str, Any]
+) -> tuple[int, str, str]:
+    """Bytes and version of a listed file, or the reason why it cannot be used."""
+    # A list of links, such as that of a web server, tells neither; its files do.
+    if info.get("size") is None or not _stamp(info):
+        try:
+            info = {**info, **fs.info(info["name"])}
+        # Each remote file system has exceptions of its own.
+        except Exception as error:
+            return 0, "", f"cannot be read: {source.clean(error) or type(error).__name__}"
+    if info.get("size") is None or not _stamp(info):
+        # Read all the same it might fill the memory, and old pixels would pass for new ones.
+        return 0, "", "its size or its version is not told: copy it to a folder or a bucket"
+    return info["size"], _stamp(info), ""
 
 
 def _stamp(info: Mapping[str, Any]) -> str:
