@@ -130,7 +130,11 @@ def test_at_random_moments(
         assert process.stdout is not None
         assert "begin\n" in iter(process.stdout.readline, "")
         time.sleep(random.uniform(0, 1))
-        process.send_signal(number)
+        if number == signal.SIGINT:
+            # A terminal sends it to all processes, those of the cluster too.
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
         said, _ = process.communicate()
         assert process.returncode or "end" in said, said
         wait_until(lambda session=process.pid: not left_running(session))
