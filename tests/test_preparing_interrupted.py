@@ -12,11 +12,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import fsspec
 import numpy as np
 import psutil
 import pytest
 from distributed import Client, Worker
+from fault_proxy import fault_proxy
 from PIL import Image
 
 from gan_lib import images, shards
@@ -167,3 +170,31 @@ def test_the_tasks_of_a_cluster_are_cancelled(
     assert len(after) <= len(done) + sum(client.nthreads().values())
     assert not list(tmp_path.rglob(INDEX))
     assert prepare_images(str(photographs), 32, cache=str(tmp_path), client=client).prepared
+
+
+WAIT_FOR_A_STORE = """
+import sys
+from gan_lib import fetching
+from gan_lib.images import prepare_images
+
+fetching.PAUSES = (600,)
+prepare_images(sys.argv[1], 16, storage_options={"endpoint_url": sys.argv[2]}, cache=sys.argv[3])
+"""
+
+
+def test_nobody_waits_for_a_store_that_is_slow(photographs: Path, s3: str, tmp_path: Path) -> None:
+    place = f"{s3}/interrupted-{time.time_ns()}"
+    fsspec.filesystem("s3").pipe_file(f"{place}/a.png", (photographs / "000.png").read_bytes())
+    port = urlsplit(os.environ["AWS_ENDPOINT_URL"]).port
+    assert port is not None
+    with fault_proxy(port) as proxy:
+        proxy.faults = {"a.png": "503"}
+        command = [sys.executable, "-c", WAIT_FOR_A_STORE, place, proxy.url, str(tmp_path)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        try:
+            wait_until(lambda: proxy.seen["a.png"] > 0)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert "KeyboardInterrupt" in said
