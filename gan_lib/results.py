@@ -379,9 +379,7 @@ class Run:
 
 def _record(line: str) -> dict[str, Any]:
     record = check_type("a line", dict, json.loads(line))
-    for name in ("iteration", "epoch"):
-        check_type(name, int, record.get(name))
-    for name in (*LOSSES, "images_per_second", "time"):
+    for name in ("iteration", "epoch", *LOSSES, "images_per_second", "time"):
         if not isinstance(record.get(name), int | float):
             raise ValueError(f"{name} is {record.get(name)!r}, expected a number")
     return record

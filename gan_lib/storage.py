@@ -137,8 +137,6 @@ def _texts(value: Any) -> Iterator[str]:
     """All texts in options of a file system, however deep, but for known harmless ones."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, bytes):
-        yield value.decode(errors="replace")
     elif isinstance(value, Mapping):
         for name, inner in value.items():
             if name not in _HARMLESS_OPTIONS:
@@ -156,11 +154,8 @@ def open_to_append(path: str) -> BinaryIO:
     Raises:
         OSError: if it is a link, or cannot be written.
     """
-
-    def opener(path: str, flags: int) -> int:
-        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-
-    return open(path, "ab", opener=opener)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    return os.fdopen(os.open(path, flags, 0o666), "ab")
 
 
 def file_exists(url: str, path: str) -> bool:

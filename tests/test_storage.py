@@ -109,7 +109,7 @@ def test_no_option_is_shown_that_may_give_access(monkeypatch: pytest.MonkeyPatch
             "headers": {"Authorization": "Bearer of-a-header"},
             "auth": ("somebody", "in-a-tuple"),
         },
-        "private_key": b"-----private-----",
+        "private_key": "-----private-----",
         "something_new": [{"deep": "deep/down"}],
         "endpoint_url": "https://store.example.org",
         "anon": False,
