@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -82,6 +83,12 @@ def test_pre_commit_strips_notebooks() -> None:
     for path in notebooks:
         text = path.read_text()
         assert nbformat.writes(nbformat.reads(text, as_version=4)) == text.removesuffix("\n"), path
+
+
+def test_make_lab_works_for_root() -> None:
+    done = subprocess.run(["make", "-n", "lab"], cwd=CHECKOUT, capture_output=True, text=True)
+    # Jupyter refuses root without it, and need not be told by anybody else.
+    assert ("--allow-root" in done.stdout) == (os.geteuid() == 0)
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
