@@ -13,7 +13,7 @@ import re
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,6 @@ from gan_lib.parameters import CROPS, check_type, require_choice, require_range
 from gan_lib.progress import ProgressBar
 from gan_lib.shards import (
     FORMAT,
-    DamagedError,
     Work,
     checksum,
     cut_into_shards,
@@ -55,6 +54,8 @@ if TYPE_CHECKING:
 
 # The shards as they are done, each with what `make_shard` returned.
 _Made = Generator[tuple[Work, dict[str, Any] | SourceError], None, None]
+# The shards of files, of which the first has this number, as `make_shard` returns them.
+_Make = Callable[[Listing, int], list[dict[str, Any]]]
 # A source of which a larger part is no image is hardly the one that was meant.
 MUCH = 0.1
 # Files that are read at least to make up for some that are no images.
@@ -201,19 +202,25 @@ def prepare_images(
     }
     url = _place_in_cache(cache, source, told)
     folder = Folder(url)
+
+    def make(some: Listing, first: int) -> list[dict[str, Any]]:
+        works = cut_into_shards(some, image_size, channels, crop, annotations)
+        works = [replace(work, number=first + work.number) for work in works]
+        return _make_shards(works, folder, client, progress)
+
     with _one_sentence(url):
         index = _finished(folder)
         if index is None:
             Folder(absolute(cache) if cache is not None else cache_home()).make_private()
             waiting = "another process prepares these images: waiting for it" if progress else ""
             with folder.locked("preparing.lock", "*", waiting=waiting):
-                index = _prepare(folder, files, annotations, told, client, progress)
-        images = _opened(url, folder, index)
+                index = _prepare(folder, files, told, make)
+    images = open_prepared(url, index)
     _tell_what_was_skipped(images, index, progress)
     return replace(images, source=source)
 
 
-def open_prepared(url: str) -> ImageSet:
+def open_prepared(url: str, index: dict[str, Any] | None = None) -> ImageSet:
     """Open images that were prepared before, by the folder in which they were.
 
     Raises:
@@ -221,13 +228,23 @@ def open_prepared(url: str) -> ImageSet:
     """
     folder = Folder(url)
     with _one_sentence(url):
-        index = read_index(folder)
+        index = index or read_index(folder)
         if index is None:
             raise SourceError(
                 f"there are no prepared images at {url}: give a cache that all workers reach, such "
                 "as s3://bucket/cache, as cache= or in the environment variable GAN_LIB_CACHE"
             )
-        return _opened(url, folder, index)
+        pixels = open_pixels(folder, index)
+    labels = [np.full(n, label, np.int64) for label, n in index["labels"]]
+    return ImageSet(
+        pixels=pixels,
+        labels=np.concatenate(labels),
+        classes=tuple(index["classes"]),
+        skipped=tuple((path, why) for path, why in index["skipped"]),
+        source=index["source"],
+        prepared=url,
+        _checksum=checksum(index),
+    )
 
 
 @contextmanager
@@ -242,19 +259,6 @@ def _one_sentence(url: str) -> Iterator[None]:
         ) from None
 
 
-def _opened(url: str, folder: Folder, index: dict[str, Any]) -> ImageSet:
-    labels = [np.full(n, label, np.int64) for label, n in index["labels"]]
-    return ImageSet(
-        pixels=open_pixels(folder, index),
-        labels=np.concatenate(labels),
-        classes=tuple(index["classes"]),
-        skipped=tuple((path, why) for path, why in index["skipped"]),
-        source=index["source"],
-        prepared=url,
-        _checksum=checksum(index),
-    )
-
-
 def _finished(folder: Folder) -> dict[str, Any] | None:
     """The index of a preparation to which nothing is missing; None if there is none."""
     index = read_index(folder)
@@ -262,26 +266,19 @@ def _finished(folder: Folder) -> dict[str, Any] | None:
         return None
     try:
         open_pixels(folder, index)
-    except DamagedError:
+    except SourceError:
         return None
     return index
 
 
-def _prepare(
-    folder: Folder,
-    files: Listing,
-    annotations: Listing | None,
-    told: dict[str, Any],
-    client: Client | None,
-    progress: bool,
-) -> dict[str, Any]:
+def _prepare(folder: Folder, files: Listing, told: dict[str, Any], make: _Make) -> dict[str, Any]:
     """Make what is missing of a preparation, and return its index."""
     for last in (False, True):
-        # Another process may have done it by now, on another machine too.
+        # Another process may have done it by now: this one waited, or the lock is not seen there.
         index = _finished(folder)
         if index is not None:
             break
-        tried, shards = _make_enough(folder, files, annotations, told, client, progress)
+        tried, shards = _make_enough(files, told["max_images"], make)
         if not any(shard["count"] for shard in shards):
             found = [why for shard in shards for _, why in shard["skipped"] + shard["unread"]]
             raise no_images(tried, found)
@@ -289,38 +286,29 @@ def _prepare(
         try:
             finish(folder, index)
             break
-        except DamagedError:
+        except SourceError:
             if last:
                 raise
     return index
 
 
 def _make_enough(
-    folder: Folder,
-    files: Listing,
-    annotations: Listing | None,
-    told: dict[str, Any],
-    client: Client | None,
-    progress: bool,
+    files: Listing, max_images: int, make: _Make
 ) -> tuple[Listing, list[dict[str, Any]]]:
     """The shards of all files, or of so many that `max_images` come out; and those files."""
     untried = np.arange(len(files.paths))
     tried: list[int] = []
     shards: list[dict[str, Any]] = []
-    n = told["max_images"] or len(untried)
+    n = max_images or len(untried)
     while n > 0 and len(untried):
         chosen = evenly_spread(min(n, len(untried)), len(untried))
         some = untried[chosen].tolist()
         untried = np.delete(untried, chosen)
         tried += some
-        works = cut_into_shards(
-            files.chosen(some), told["image_size"], told["channels"], told["crop"], annotations,
-            first=len(shards),
-        )  # fmt: skip
-        shards += _make_shards(works, folder, client, progress)
+        shards += make(files.chosen(some), len(shards))
         # What could not be read is tried again by the next call, and needs no other in its place.
         n_made = sum(shard["count"] + len(shard["unread"]) for shard in shards)
-        n = told["max_images"] - n_made
+        n = max_images - n_made
         if n > 0:
             # As many as will do if no more of them are images than before.
             n = max(SPARE, n * len(tried) // max(n_made, 1))

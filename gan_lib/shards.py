@@ -52,22 +52,8 @@ LARGEST_SHARD = 64 * 2**20
 _UNUSABLE = (FileNotFoundError, ValueError, KeyError, TypeError)
 # What an index says is not believed: a shard has a name of this form, or is not opened.
 _SHARD = re.compile(r"shard_\d{4,}\.npy")
-# What is of no use any more once there is one file of all pixels.
-_PARTS = re.compile(r"(shard_\d{4,}|pixels-[0-9a-f]{32})\.(npy|json|npy\.lock)")
 # Shards read and checked at the same time, as they are put together.
 _AT_ONCE = 8
-
-
-class DamagedError(SourceError):
-    """Shards are not there, or not what the index says.
-
-    Attributes:
-        files: the names of the shards.
-    """
-
-    def __init__(self, message: str, files: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self.files = files
 
 
 @dataclass(frozen=True)
@@ -107,17 +93,9 @@ class Work:
 
 
 def cut_into_shards(
-    files: Listing,
-    image_size: int,
-    channels: int,
-    crop: str,
-    annotations: Listing | None = None,
-    first: int = 0,
+    files: Listing, image_size: int, channels: int, crop: str, annotations: Listing | None = None
 ) -> list[Work]:
-    """The work that makes the shards of these files; the same for the same files.
-
-    `first` is the number of the first shard.
-    """
+    """The work that makes the shards of these files; the same for the same files."""
     n = len(files.paths)
     n_shards = min(SHARDS, -(-(sum(files.sizes) + n * COST_OF_FILE) // SMALLEST_SHARD))
     n_shards = max(n_shards, -(-n * image_size * image_size * channels // LARGEST_SHARD))
@@ -131,7 +109,7 @@ def cut_into_shards(
         }
         boxes = [by_image.get(os.path.splitext(path)[0], ("", 0)) for path in files.paths]
     works = []
-    for number, (start, stop) in enumerate(pairwise(starts), first):
+    for number, (start, stop) in enumerate(pairwise(starts)):
         part = slice(start, stop)
         work = Work(
             number, files.source, files.root, files.paths[part], files.sizes[part],
@@ -187,8 +165,7 @@ def finished_shard(folder: Folder, work: Work) -> dict[str, Any] | None:
     if folder.is_local:
         # A loss of power may have taken what was not yet on the disk.
         return info if _read_shard(folder, info) is not None else None
-    # An object store keeps an object whole. It is read, and its bytes are checked, when the
-    # shards are put together.
+    # An object store keeps an object whole, and `finish` reads it.
     return info if folder.size(info["file"]) == info["bytes"] else None
 
 
@@ -310,20 +287,22 @@ def finish(folder: Folder, index: dict[str, Any]) -> None:
     """Put the shards together, and write the index that says so.
 
     Raises:
-        DamagedError: if that cannot be done, because shards are damaged; they count as not done.
+        SourceError: if shards are damaged, which then count as not done.
     """
     try:
         open_pixels(folder, index)
-    except DamagedError as error:
-        for file in error.files:
-            folder.remove(file.replace(".npy", ".json"))
+    except SourceError:
+        for shard in index["shards"]:
+            if _read_shard(folder, shard) is None:
+                folder.remove(shard["file"].replace(".npy", ".json"))
         raise
     # A folder with an index is whole, also after a loss of power: so are the pixels by now.
     folder.write(INDEX, json.dumps(index, indent=1).encode())
     # Another call tries the files again that could not be read, and needs the shards for it.
     if folder.is_local and not index["unread"]:
         for name in folder.names(""):
-            if _PARTS.fullmatch(name) and name != _pixels_name(index):
+            ours = name.startswith(("shard_", "pixels-")) and not name.endswith(".part")
+            if ours and name != _pixels_name(index):
                 folder.remove(name)
 
 
@@ -354,7 +333,7 @@ def open_pixels(folder: Folder, index: dict[str, Any]) -> np.ndarray:
     folder is elsewhere.
 
     Raises:
-        DamagedError: if a shard that is needed for it is not what the index says.
+        SourceError: if a shard that is needed for it is not what the index says.
     """
     if not folder.is_local:
         Folder(local_cache()).make_private()
@@ -365,10 +344,9 @@ def open_pixels(folder: Folder, index: dict[str, Any]) -> np.ndarray:
     if pixels is None:
         with home.locked(f"{name}.lock", name):
             # Another process may have done it meanwhile.
-            pixels = _mapped(f"{home.root}/{name}", shape)
-            if pixels is None:
+            if _mapped(f"{home.root}/{name}", shape) is None:
                 home.write(name, _together(folder, index["shards"], shape))
-                pixels = _mapped(f"{home.root}/{name}", shape)
+        pixels = _mapped(f"{home.root}/{name}", shape)
     assert pixels is not None
     return pixels
 
@@ -409,12 +387,9 @@ def _together(
                     yield pixels[: max(left, 0)]
                     left -= len(pixels)
     if damaged or left > 0:
-        files = damaged or [INDEX]
-        raise DamagedError(
-            f"the prepared images at {folder.url} are damaged ({', '.join(files[:3])}: missing, or "
-            f"not what {INDEX} says): call prepare_images again with the same source and cache, "
-            "which makes them anew",
-            files,
+        raise SourceError(
+            f"the prepared images at {folder.url} are damaged ({', '.join(damaged[:3]) or INDEX}): "
+            "call prepare_images again with the same source and cache, which makes them anew"
         )
 
 
