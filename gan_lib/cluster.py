@@ -6,20 +6,19 @@ carries `train_gan` to the workers and knows nothing of what it does there.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import dask
 import torch
 from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
+from distributed import Client, LocalCluster, Nanny, Security
 
-from gan_lib.errors import ClusterError, ParameterError, RunError, UserError
+from gan_lib.errors import ClusterError, ParameterError, RunError, UserError, describe
 from gan_lib.images import CacheNotSharedError, ImageSet, prepare_images
 from gan_lib.interrupts import exit_on_sigterm
 from gan_lib.jobs import Job, Plan, end_jobs
@@ -31,14 +30,19 @@ from gan_lib.results import PARAMETERS, RunWriter, create_run, new_run_url, open
 from gan_lib.shipping import ship_package
 from gan_lib.storage import absolute, file_exists
 from gan_lib.training import train_gan
-from gan_lib.workers import find_places
+from gan_lib.workers import find_places, require_some_workers, wait_for_workers
 
 LOOPBACK = "127.0.0.1"
 SECONDS_TO_CONNECT = 5
 
 
 def start_cluster(n_workers: int | None = None, device: str = "auto") -> Client:
-    """Start a Dask cluster of processes on this machine, reachable from this machine only.
+    """Start a Dask cluster of processes on this machine, for this client alone.
+
+    Scheduler and workers listen on loopback and speak TLS, with certificates that only they and
+    this process hold: whoever could send them work could do it as the user who started them.
+    That covers what goes through Dask. The ranks of a training talk among themselves (gloo,
+    NCCL) on loopback too, unencrypted.
 
     Args:
         n_workers: one rank will run on each; None takes one per GPU, or one per CPU core.
@@ -55,44 +59,73 @@ def start_cluster(n_workers: int | None = None, device: str = "auto") -> Client:
         # A worker imports the script that starts it, and has come to this line of it. Without a
         # word: there are many of them, and the process that waits for them tells it once.
         sys.exit(1)
-    if n_workers is not None and n_workers < 1:
-        raise ClusterError(f"n_workers is {n_workers}: a cluster has at least 1 worker")
+    require_some_workers(n_workers)
     n_gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cuda" and n_gpus == 0:
         raise ClusterError("device is 'cuda', but this machine shows no GPU: use 'auto' or 'cpu'")
+    n_workers = n_workers or n_gpus or CPU_COUNT
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))
     try:
-        if n_gpus:
-            cluster = _gpu_cluster(n_workers or n_gpus, n_gpus)
-        else:
-            cluster = _cpu_cluster(n_workers or CPU_COUNT)
+        cluster = LocalCluster(
+            n_workers=n_workers,
+            threads_per_worker=1,
+            host=LOOPBACK,
+            dashboard_address=f"{LOOPBACK}:0",
+            security=Security.temporary(),
+            # A rank holds its images in memory; Dask would pause it as if it were a leak.
+            memory_limit=0,
+            worker_class=_TrainingNanny,
+            n_threads=max(1, CPU_COUNT // n_workers),
+            gpus=shown.split(",")[:n_gpus],
+        )
     except RuntimeError as error:
         raise ClusterError(
             f"the workers did not start ({error.__cause__ or error}): in a script, put this under "
             '`if __name__ == "__main__":`, because a worker begins by importing the script; '
             "anywhere else, see what they have printed"
         ) from None
-    # Others may shrink and grow by rules of their own; see `replace_lost_workers`.
+    # Others may shrink and grow by rules of their own, and belong to whoever made them.
     cluster.made_by_gan_lib = True
     return Client(cluster)
 
 
-def connect(address: str) -> Client:
-    """Connect to a Dask scheduler that is already running.
+def connect(address: str, n_workers: int = 1, security: Security | None = None) -> Client:
+    """Connect to a Dask scheduler that is already running, and has workers.
 
     Args:
-        address: for example "tcp://10.0.0.1:8786".
+        address: for example "tcp://10.0.0.1:8786", or "tls://..." for one that encrypts.
+        n_workers: there must be at least so many; those that are starting are waited for.
+        security: certificates, for "tls://"; None takes those of Dask's configuration
+            (`distributed.comm.tls`). They cover what goes through Dask; the ranks of a training
+            talk among themselves (gloo, NCCL) unencrypted.
 
     Raises:
-        ClusterError: if nothing answers there.
+        ClusterError: if nothing answers there, certificates are missing or do not fit, or there
+            are too few workers, or workers that cannot do what training needs.
     """
+    require_some_workers(n_workers)
     try:
-        client = Client(address, timeout=SECONDS_TO_CONNECT)
-    except (OSError, TimeoutError, ValueError) as error:
+        client = Client(address, timeout=SECONDS_TO_CONNECT, security=security)
+    except TypeError as error:
+        if "ssl_context" not in str(error):
+            raise
         raise ClusterError(
-            f"no Dask scheduler answers at {address!r}: check the address that "
-            f"`dask scheduler` printed, and that this machine may reach it"
+            f"the scheduler at {address} wants certificates, and there are none: give "
+            "connect(address, security=distributed.Security(tls_ca_file=..., tls_client_cert=..., "
+            "tls_client_key=...)), or set distributed.comm.tls in Dask's configuration"
+        ) from None
+    except (OSError, TimeoutError, ValueError, RuntimeError) as error:
+        raise ClusterError(
+            f"no Dask scheduler answers at {address!r} ({describe(error)}): check the address that "
+            "`dask scheduler` printed (tls:// where it encrypts), the certificates, and that this "
+            "machine may reach it"
         ) from error
-    ship_package(client)
+    try:
+        wait_for_workers(client, n_workers)
+        ship_package(client)
+    except BaseException:
+        client.close()
+        raise
     return client
 
 
@@ -101,7 +134,7 @@ def close_cluster(client: Client) -> None:
     end_jobs(client)
     cluster = client.cluster
     client.close()
-    if cluster is not None:
+    if getattr(cluster, "made_by_gan_lib", False):
         cluster.close()
 
 
@@ -210,6 +243,7 @@ def run_ranks(
     Raises:
         As `Job.result`.
     """
+    require_some_workers(n_workers)
     ship_package(client)
     places = find_places(client, n_workers or 1, n_workers)
     return RankGroup(client, start_ranks(client, places, device, function, arguments)).result()
@@ -233,64 +267,44 @@ def _prepare_on_workers(client: Client, p: TrainingParameters) -> ImageSet | Non
 _KEEP_MEMORY = str(2**30)
 
 
-def _worker_environment(n_workers: int) -> dask.config.set:
-    """A context in which nannies start workers that train well next to each other."""
-    return dask.config.set(
-        {
-            "distributed.nanny.pre-spawn-environ": {
-                "MALLOC_TRIM_THRESHOLD_": _KEEP_MEMORY,
-                "MALLOC_MMAP_THRESHOLD_": _KEEP_MEMORY,
-                # Ranks share the cores: torch would start a thread per core in each of them.
-                "OMP_NUM_THREADS": str(max(1, CPU_COUNT // n_workers)),
-                # One thread of obstore waits for all requests; two also wake each other.
-                "TOKIO_WORKER_THREADS": "1",
-                # When a rank is lost, torch prints a page of C++ frames on each of the others.
-                "TORCH_CPP_LOG_LEVEL": "ERROR",
-            },
-            # Dask looks at what its tasks do 100 times a second, and at its event loop 50 times,
-            # in the process that is to train: 3 % of a core, and half a per cent without.
-            "distributed.worker.profile.enabled": False,
-            "distributed.admin.tick.interval": "500ms",
+_WORKER_CONFIG = {
+    # Dask looks at what its tasks do 100 times a second, and at its event loop 50 times,
+    # in the process that is to train: 3 % of a core, and half a per cent without.
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "500ms",
+}
+
+
+class _TrainingNanny(Nanny):
+    """Starts a worker that trains well next to others, also one that comes or is replaced later.
+
+    Args:
+        n_threads: of torch, in the worker.
+        gpus: from which each worker gets one; more workers than GPUs share them.
+        name: the number of the worker, which the cluster gives.
+    """
+
+    def __init__(
+        self, *arguments: Any, n_threads: int, gpus: Sequence[str], name: int, **named: Any
+    ) -> None:
+        preload = [
+            *dask.config.get("distributed.worker.preload"),
             # Ctrl-C in a terminal or a notebook reaches the workers too, and would end them.
-            "distributed.worker.preload": [
-                *dask.config.get("distributed.worker.preload"),
-                "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)",
-            ],
+            "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)",
+        ]
+        super().__init__(*arguments, name=name, config=_WORKER_CONFIG, preload=preload, **named)
+        environment = {
+            "MALLOC_TRIM_THRESHOLD_": _KEEP_MEMORY,
+            "MALLOC_MMAP_THRESHOLD_": _KEEP_MEMORY,
+            # Ranks share the cores: torch would start a thread per core in each of them.
+            "OMP_NUM_THREADS": str(n_threads),
+            # One thread of obstore waits for all requests; two also wake each other.
+            "TOKIO_WORKER_THREADS": "1",
+            # When a rank is lost, torch prints a page of C++ frames on each of the others.
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
         }
-    )
-
-
-# Whatever a local cluster listens on, only this machine can reach.
-_LOCAL = {"host": LOOPBACK, "dashboard_address": f"{LOOPBACK}:0"}
-# A rank holds its images in memory; Dask would pause it as if it were a leak.
-_WORKER = {"memory_limit": 0}
-
-
-def _cpu_cluster(n_workers: int) -> LocalCluster:
-    with _worker_environment(n_workers):
-        return LocalCluster(n_workers=n_workers, threads_per_worker=1, **_LOCAL, **_WORKER)
-
-
-def _gpu_cluster(n_workers: int, n_gpus: int) -> SpecCluster:
-    """One worker per GPU; more workers than GPUs share them, for trying things out."""
-    with contextlib.suppress(ImportError), _worker_environment(n_workers):
-        from dask_cuda import LocalCUDACluster
-
-        if n_workers <= n_gpus:
-            return LocalCUDACluster(n_workers=n_workers, threads_per_worker=1, **_LOCAL, **_WORKER)
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))
-    gpus = shown.split(",")
-    workers = {
-        i: {
-            "cls": Nanny,
-            "options": {
-                "host": LOOPBACK,
-                "nthreads": 1,
-                "env": {"CUDA_VISIBLE_DEVICES": gpus[i % n_gpus]},
-                **_WORKER,
-            },
-        }
-        for i in range(n_workers)
-    }
-    with _worker_environment(n_workers):
-        return SpecCluster(scheduler={"cls": Scheduler, "options": _LOCAL}, workers=workers)
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[name % len(gpus)]
+        # What glibc and numpy read has to be there before the process is.
+        self.pre_spawn_env.update(environment)
+        self.env.update(environment)

@@ -34,6 +34,7 @@ from distributed.comm import get_address_host
 
 from gan_lib.errors import ClusterError, WorkerLostError
 from gan_lib.ranks import ATTEMPT_VARIABLE, LEAVE
+from gan_lib.shipping import ship_package
 from gan_lib.workers import (
     RANK_PREFIX,
     SECONDS_OF_SILENCE,
@@ -66,9 +67,11 @@ def start_ranks(
 
     Raises:
         WorkerLostError: if a worker does not answer.
+        ClusterError: if one has another version of gan_lib.
     """
     gpus, backend = [0] * len(places), "gloo"
     workers = [place.worker for place in places]
+    ship_package(client, workers)
     # Also where the answer is not needed: it makes them import torch, before a silence of theirs
     # is taken for a failure.
     seen = ask(client, lambda: client.run(_visible_gpus, workers=workers), workers)

@@ -13,11 +13,12 @@ import os
 import pkgutil
 import tempfile
 import zipfile
+from collections.abc import Sequence
 
 from distributed import Client
 
 import gan_lib
-from gan_lib.errors import ClusterError
+from gan_lib.errors import ClusterError, WorkerLostError, describe
 from gan_lib.manifest import manifest_text
 from gan_lib.workers import ask
 
@@ -58,35 +59,35 @@ def _checksum() -> str:
 _IMPORTED = _checksum()
 
 
-def ship_package(client: Client) -> None:
+def ship_package(client: Client, workers: Sequence[str] | None = None) -> None:
     """Make this very gan_lib importable on the scheduler and on all workers, now and later.
 
+    Where there is another version of it, nothing is changed: somebody else may be using it.
+
+    Args:
+        client: of the cluster.
+        workers: that have to have it now; None means all.
+
     Raises:
-        ClusterError: if some of them keep another version, or a worker has no torch, say.
+        ClusterError: if one of them or the scheduler has another version, a worker has no torch,
+            say.
+        WorkerLostError: if a worker does not answer.
     """
-    missing = _missing_packages(client)
-    if missing is None:
-        if _checksum() != _IMPORTED:
-            raise ClusterError(
-                "the files of gan_lib have changed since this process imported them, and the "
-                "workers run another version: restart the kernel, or the script, and its cluster"
-            )
+    states = _states(client, workers)
+    if None in states.values():
         _upload(client)
-        missing = _missing_packages(client)
-    if missing is None:
-        raise ClusterError(
-            "the cluster runs another version of gan_lib: restart its workers, "
-            "or install this version there"
-        )
-    for worker, names in missing.items():
-        if names:
+        states = _states(client, workers)
+    for place, missing in states.items():
+        if missing is None or missing:
             raise ClusterError(
-                f"the worker {worker} cannot import {', '.join(names)}: install what "
+                f"{place} cannot import {', '.join(missing or ['gan_lib'])}: install what "
                 "requirements.lock names where the workers run, and start them again"
             )
 
 
 def _upload(client: Client) -> None:
+    if _checksum() != _IMPORTED:
+        raise _changed()
     with tempfile.TemporaryDirectory() as folder:
         archive = os.path.join(folder, f"gan_lib_{package_checksum()[:8]}.zip")
         with zipfile.ZipFile(archive, "w") as file:
@@ -96,15 +97,40 @@ def _upload(client: Client) -> None:
         client.upload_file(archive)
 
 
-def _missing_packages(client: Client) -> dict[str, list[str]] | None:
-    """What each worker lacks; None if not all of the cluster has this very gan_lib."""
-    mine = package_checksum()
+def _states(client: Client, workers: Sequence[str] | None) -> dict[str, list[str] | None]:
+    """What the scheduler and each worker lack; None where gan_lib is missing, too."""
     # Where gan_lib is missing, the function itself cannot be loaded, and the answer is the error.
-    states = ask(client, lambda: client.run(package_state, on_error="return"))
-    if any(isinstance(state, Exception) or state[0] != mine for state in states.values()):
-        return None
+    answers = ask(
+        client,
+        lambda: client.run(package_state, workers=workers, on_error="return"),
+        workers or (),
+    )
+    found = {f"the worker {worker}": answer for worker, answer in answers.items()}
     try:
-        scheduler = client.run_on_scheduler(package_checksum)
-    except ImportError:
-        return None
-    return {worker: names for worker, (_, names) in states.items()} if scheduler == mine else None
+        found["the scheduler"] = (client.run_on_scheduler(package_checksum), [])
+    except Exception as error:
+        found["the scheduler"] = error
+    states: dict[str, list[str] | None] = {}
+    for place, answer in found.items():
+        if isinstance(answer, OSError):
+            raise WorkerLostError(f"{place} does not answer: {describe(answer)}")
+        # Dask brings an error of a worker's imports as text.
+        if isinstance(answer, Exception) and "No module named 'gan_lib'" in str(answer):
+            states[place] = None
+        elif not isinstance(answer, Exception) and answer[0] == _IMPORTED:
+            states[place] = answer[1]
+        elif _checksum() != _IMPORTED:
+            raise _changed()
+        else:
+            raise ClusterError(
+                f"{place} has another version of gan_lib, which others may be using: install this "
+                "one there, or start scheduler and workers again"
+            )
+    return states
+
+
+def _changed() -> ClusterError:
+    return ClusterError(
+        "the files of gan_lib have changed since this process imported them, and the workers run "
+        "another version, or would: restart the kernel, or the script, and its cluster"
+    )

@@ -121,7 +121,10 @@ def ask(client: Client, question: Callable[[], _T], workers: Sequence[str] = ())
     Raises:
         WorkerLostError: if it does not answer within `SECONDS_TO_ANSWER`, or one of the
             workers is lost or silent meanwhile.
+        ClusterError: if the client is closed.
     """
+    if client.status not in ("running", "connecting"):
+        raise ClusterError("the client is closed: make another by start_cluster() or connect(...)")
     answers: list[_T] = []
     errors: list[BaseException] = []
 
@@ -171,6 +174,30 @@ def replace_lost_workers(client: Client) -> None:
             cluster.scale(len(cluster.worker_spec))
 
 
+def require_some_workers(n_workers: int | None) -> None:
+    """Raise ClusterError unless a number of workers is 1 or more, or None, which means all."""
+    if n_workers is not None and n_workers < 1:
+        raise ClusterError(f"n_workers is {n_workers}: give at least 1, or None for all there are")
+
+
+def wait_for_workers(client: Client, wanted: int) -> None:
+    """Wait for the workers of a cluster that are starting.
+
+    Raises:
+        ClusterError: if there are fewer than `wanted`.
+    """
+    deadline = time.monotonic() + SECONDS_TO_WAIT_FOR_WORKERS
+    # `scheduler_info` may be a cache without workers; this asks.
+    while (there := len(ask(client, client.nthreads))) < wanted:
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"the cluster has {there or 'no'} workers and {wanted} are needed: start more "
+                f"(`dask worker {client.scheduler.address}`)"
+                + (", or ask for fewer" if there else "")
+            )
+        time.sleep(0.1)
+
+
 def find_places(client: Client, wanted: int, most: int | None) -> list[Place]:
     """Where the ranks of a new job go.
 
@@ -182,17 +209,14 @@ def find_places(client: Client, wanted: int, most: int | None) -> list[Place]:
     Raises:
         ClusterError: if there are too few.
     """
-    with contextlib.suppress(TimeoutError):
-        client.wait_for_workers(wanted, timeout=SECONDS_TO_WAIT_FOR_WORKERS)
+    wait_for_workers(client, wanted)
     signs = Watch(client).alive()
     free = [worker for worker, sign in signs.items() if not sign.busy]
     if len(free) < wanted:
-        busy = len(signs) - len(free)
-        others = f", {busy} of which train for another job" if busy else ""
-        cure = "wait for that one, stop it, or start" if busy else "start"
         raise ClusterError(
-            f"the cluster has {len(signs)} workers{others} and {wanted} are needed: "
-            f"{cure} more workers, or ask for fewer"
+            f"the cluster has {len(signs)} workers, {len(signs) - len(free)} of which train for "
+            f"another job, and {wanted} are needed: wait for that one, stop it, start more "
+            "workers, or ask for fewer"
         )
     return assign_places(free, most)
 

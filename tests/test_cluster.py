@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import pytest
 import torch
 from dask_pytorch_ddp import dispatch
 from distributed import Client
+from foreign import foreign_cluster
 
 from gan_lib.cluster import close_cluster, connect, launch, run_ranks
 from gan_lib.cluster import start_cluster as start
@@ -248,38 +246,6 @@ def test_where_no_scheduler_listens() -> None:
         connect(f"tcp://127.0.0.1:{free}")
     with pytest.raises(ClusterError, match="nonsense"):
         connect("nonsense://")
-
-
-@contextlib.contextmanager
-def foreign_cluster(folder: Path) -> Iterator[str]:
-    """A scheduler and two workers that were started without gan_lib; yields the address."""
-    # -S leaves out the .pth file through which the checkout is installed.
-    paths = [p for p in sys.path if p.endswith("site-packages")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    python = [sys.executable, "-S", "-m", "distributed.cli"]
-    scheduler_file = folder / "scheduler.json"
-    common = ["--scheduler-file", str(scheduler_file)]
-    scheduler = ["dask_scheduler", "--host", "127.0.0.1", "--no-dashboard", "--port", "0"]
-    worker = ["dask_worker", "--host", "127.0.0.1", "--no-dashboard", "--nthreads", "1"]
-    processes = []
-    try:
-        for name, *options in (scheduler, worker, worker):
-            command = [*python[:-1], f"{python[-1]}.{name}", *common, *options]
-            if name == "dask_worker":
-                command += ["--no-nanny", "--local-directory", str(folder)]
-            processes.append(
-                subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.DEVNULL)
-            )
-        deadline = time.monotonic() + 60
-        while not scheduler_file.exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        yield json.loads(scheduler_file.read_text())["address"]
-    finally:
-        # How they part is not what is tested, and on a busy machine it can take long.
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.wait()
 
 
 def test_a_cluster_without_gan_lib_gets_it(tiny: TrainingParameters, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ import fsspec
 import psutil
 import pytest
 from distributed import Client, Worker
+from foreign import foreign_cluster
 from PIL import Image
-from test_cluster import foreign_cluster
 
 from gan_lib.checkpoints import Checkpoints
 from gan_lib.cluster import close_cluster, connect, launch, start_cluster

@@ -1,0 +1,96 @@
+"""A Dask cluster that somebody else started, with nothing of gan_lib in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+
+class ForeignCluster:
+    """A scheduler and workers, each a process of its own.
+
+    Args:
+        folder: for what they write; the processes run in it.
+        path: folders from which the workers may import, beside the installed packages.
+        environment: of the workers, on top of this process's; None leaves a variable out.
+        nanny: whether the workers have one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        path: Sequence[Path] = (),
+        environment: Mapping[str, str | None] | None = None,
+        nanny: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.path = path
+        self.environment = environment or {}
+        self.nanny = nanny
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._file = folder / "scheduler.json"
+        self._start("scheduler", "--port", "0")
+        deadline = time.monotonic() + 60
+        while not self._file.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        self.address: str = json.loads(self._file.read_text())["address"]
+
+    def add_worker(self, path: Sequence[Path] | None = None) -> None:
+        """Start one more; it joins within seconds."""
+        options = ["--nthreads", "1", "--local-directory", str(self.folder)]
+        options += ["--nanny" if self.nanny else "--no-nanny"]
+        self._start("worker", *options, path=self.path if path is None else path)
+
+    def _start(self, name: str, *options: str, path: Sequence[Path] = ()) -> None:
+        # -S leaves out the .pth file through which the checkout is installed.
+        installed = [p for p in sys.path if p.endswith("site-packages")]
+        told = {**os.environ, **self.environment} if name == "worker" else {**os.environ}
+        told["PYTHONPATH"] = os.pathsep.join([*map(str, path), *installed])
+        python = [sys.executable, "-S", "-m", f"distributed.cli.dask_{name}"]
+        where = ["--scheduler-file", str(self._file), "--host", "127.0.0.1", "--no-dashboard"]
+        self.processes.append(
+            subprocess.Popen(
+                [*python, *where, *options],
+                cwd=self.folder,
+                env={name: value for name, value in told.items() if value is not None},
+                stderr=subprocess.DEVNULL,
+            )
+        )
+
+    def kill(self) -> None:
+        """End it. How the processes part is not what is tested, and can take long."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+
+
+@contextlib.contextmanager
+def foreign_cluster(folder: Path) -> Iterator[str]:
+    """A scheduler and two workers that were started without gan_lib; yields the address."""
+    with started(folder) as cluster:
+        yield cluster.address
+
+
+@contextlib.contextmanager
+def started(
+    folder: Path,
+    n_workers: int = 2,
+    path: Sequence[Path] = (),
+    environment: Mapping[str, str | None] | None = None,
+    nanny: bool = False,
+) -> Iterator[ForeignCluster]:
+    """A `ForeignCluster` as long as the context lasts."""
+    cluster = ForeignCluster(folder, path, environment, nanny)
+    try:
+        for _ in range(n_workers):
+            cluster.add_worker()
+        yield cluster
+    finally:
+        cluster.kill()

@@ -1,0 +1,175 @@
+"""Who gets onto a cluster, what its workers are given, and that nobody else's is changed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import dask
+import psutil
+import pytest
+from distributed import Client, LocalCluster, Security
+from foreign import started
+
+from gan_lib import workers
+from gan_lib.cluster import close_cluster, connect, launch, run_ranks, start_cluster
+from gan_lib.errors import ClusterError
+from gan_lib.parameters import TrainingParameters
+from gan_lib.profiles import CHECKOUT
+from gan_lib.rank_group import start_ranks
+from gan_lib.workers import find_places
+
+
+def settings() -> dict[str, Any]:
+    """On a worker: what it was given to train well."""
+    names = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "OMP_NUM_THREADS")
+    more = ("TOKIO_WORKER_THREADS", "TORCH_CPP_LOG_LEVEL")
+    options = ("distributed.worker.profile.enabled", "distributed.admin.tick.interval")
+    return {name: os.environ.get(name) for name in (*names, *more)} | {
+        name: dask.config.get(name) for name in options
+    }
+
+
+def test_workers_that_come_later_are_given_the_same(own_client: Client) -> None:
+    first, *others = own_client.run(settings).values()
+    assert others == [first]
+    assert first["MALLOC_TRIM_THRESHOLD_"] == str(2**30)
+    assert first["distributed.worker.profile.enabled"] is False
+    assert own_client.cluster is not None
+    victim = next(iter(own_client.run(os.getpid).values()))
+    os.kill(victim, signal.SIGKILL)
+    own_client.cluster.scale(3)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = own_client.run(lambda: (os.getpid(), settings()), on_error="ignore").values()
+        if len(found) == 3 and victim not in dict(found):
+            break
+        time.sleep(0.2)
+    assert [given for _, given in found] == [first] * 3
+
+
+def test_only_who_started_a_cluster_may_use_it(client: Client) -> None:
+    address = client.scheduler.address
+    with pytest.raises(ClusterError, match="wants certificates, and there are none"):
+        connect(address)
+    strangers = [(None, "tcp"), (Security.temporary(), "tls")]
+    # Scheduler, nannies and workers, and the dashboard, which shows and takes nothing by Dask.
+    ports = {
+        connection.laddr.port
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert int(address.rpartition(":")[2]) in ports
+    for port in sorted(ports):
+        for security, protocol in strangers:
+            with pytest.raises(ClusterError, match="no Dask scheduler answers"):
+                connect(f"{protocol}://127.0.0.1:{port}", security=security)
+
+
+def test_certificates_are_given_or_configured(client: Client, tmp_path: Path) -> None:
+    address, security = client.scheduler.address, client.security
+    close_cluster(connect(address, 2, security))
+    settings = {}
+    for name, content in (
+        ("ca-file", security.tls_ca_file),
+        ("client.key", security.tls_client_key),
+        ("client.cert", security.tls_client_cert),
+    ):
+        path = tmp_path / name
+        path.write_text(content)
+        settings[f"distributed.comm.tls.{name}"] = str(path)
+    with dask.config.set(settings):
+        close_cluster(connect(address))
+    # Neither has ended what it had not started.
+    assert len(client.nthreads()) == 2
+
+
+def test_a_cluster_without_workers_is_refused_and_left_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workers, "SECONDS_TO_WAIT_FOR_WORKERS", 0.5)
+    with (
+        LocalCluster(n_workers=0, threads_per_worker=1, dashboard_address=None) as theirs,
+        Client(theirs) as their_client,
+    ):
+        with pytest.raises(ClusterError, match="has no workers and 1 are needed: start more"):
+            connect(theirs.scheduler_address)
+        # The client of the call that failed is gone.
+        assert set(theirs.scheduler.clients) <= {their_client.id, "fire-and-forget"}
+        close_cluster(Client(theirs))
+        assert theirs.status.name == "running"
+
+
+def test_too_few_or_impossible_numbers_of_workers(
+    client: Client, tiny: TrainingParameters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "SECONDS_TO_WAIT_FOR_WORKERS", 0.5)
+    with pytest.raises(ClusterError, match="2 workers and 5 are needed"):
+        connect(client.scheduler.address, 5, client.security)
+    for n in (0, -1):
+        for call in (
+            lambda n=n: start_cluster(n),
+            lambda n=n: connect(client.scheduler.address, n, client.security),
+            lambda n=n: launch(client, tiny, n_workers=n),
+            lambda n=n: run_ranks(client, int, n_workers=n),
+        ):
+            with pytest.raises(ClusterError, match=f"n_workers is {n}"):
+                call()
+
+
+def test_a_closed_client_is_told_so(client: Client, tiny: TrainingParameters) -> None:
+    closed = connect(client.scheduler.address, security=client.security)
+    closed.close()
+    with pytest.raises(ClusterError, match="the client is closed"):
+        launch(closed, tiny)
+    with pytest.raises(ClusterError, match="the client is closed"):
+        run_ranks(closed, int)
+
+
+def other_version(folder: Path) -> Path:
+    """A folder from which another gan_lib is imported."""
+    shutil.copytree(CHECKOUT / "gan_lib", folder / "gan_lib")
+    shutil.copy(CHECKOUT / "data_manifest.json", folder)
+    with (folder / "gan_lib" / "steps.py").open("a") as file:
+        file.write("# of somebody else\n")
+    return folder
+
+
+def archives() -> list[str]:
+    """On a worker: the archives that it would import from."""
+    import sys
+
+    return [path for path in sys.path if path.endswith(".zip") and "gan_lib" in path]
+
+
+def test_another_version_on_the_cluster_is_not_changed(tmp_path: Path) -> None:
+    other = other_version(tmp_path / "other")
+    with started(tmp_path, n_workers=0) as theirs:
+        theirs.add_worker(path=[other])
+        theirs.add_worker()  # where it could be uploaded to
+        with Client(theirs.address) as plain:
+            plain.wait_for_workers(2, timeout=60)
+            with pytest.raises(ClusterError, match=r"worker tcp://\S+ has another version of gan_"):
+                connect(theirs.address, 2)
+            assert plain.run(archives) == {worker: [] for worker in plain.nthreads()}
+            assert plain.run_on_scheduler(archives) == []
+
+
+def test_each_attempt_compares_the_versions(tmp_path: Path) -> None:
+    other = other_version(tmp_path / "other")
+    # Where it is installed nothing is uploaded, and who comes later keeps what he has.
+    with started(tmp_path, n_workers=1, path=[CHECKOUT]) as theirs:
+        client = connect(theirs.address)
+        try:
+            theirs.add_worker(path=[other])
+            client.wait_for_workers(2, timeout=60)
+            places = find_places(client, 2, None)
+            with pytest.raises(ClusterError, match="has another version of gan_lib"):
+                start_ranks(client, places, "cpu", int, {})
+        finally:
+            client.close()
