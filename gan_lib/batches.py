@@ -30,6 +30,15 @@ def stream_seed(seed: int, purpose: int, *position: int) -> int:
     return int(state[0])
 
 
+def refuse_large_batches(images: ImageSet, p: TrainingParameters) -> None:
+    """Raise ParameterError if there are too few images for one batch."""
+    if p.batch_size > len(images):
+        raise ParameterError(
+            f"batch_size is {p.batch_size}, and there are {len(images)} images: give at most so "
+            "many, or add images"
+        )
+
+
 def epoch_shares(
     n_images: int, batch_size: int, world_size: int, seed: int, epoch: int
 ) -> list[list[np.ndarray]]:

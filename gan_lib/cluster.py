@@ -6,31 +6,44 @@ carries `train_gan` to the workers and knows nothing of what it does there.
 
 from __future__ import annotations
 
-import json
+import contextlib
+import inspect
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import dask
 import torch
 from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, Nanny, Security
+from distributed.client import ensure_default_client
 
-from gan_lib.errors import ClusterError, ParameterError, RunError, UserError, describe
+from gan_lib.batches import refuse_large_batches
+from gan_lib.errors import (
+    ClusterError,
+    ParameterError,
+    RunError,
+    SourceError,
+    UserError,
+    describe,
+)
 from gan_lib.images import CacheNotSharedError, ImageSet, prepare_images
-from gan_lib.interrupts import exit_on_sigterm
+from gan_lib.interrupts import exit_on_sigterm, interruptible
 from gan_lib.jobs import Job, Plan, end_jobs
 from gan_lib.keeping import refuse_differences, refuse_other_images
-from gan_lib.listing import resolve_source
+from gan_lib.listing import check_source, resolve_source
 from gan_lib.parameters import TrainingParameters
 from gan_lib.rank_group import RankGroup, start_ranks
-from gan_lib.results import PARAMETERS, RunWriter, create_run, new_run_url, open_run
+from gan_lib.reach import failures, marked, see, share
+from gan_lib.results import PARAMETERS, create_run, new_run_url, open_run, refuse_taken
+from gan_lib.shards import INDEX
 from gan_lib.shipping import ship_package
-from gan_lib.storage import absolute, file_exists
+from gan_lib.storage import absolute, without_secrets
 from gan_lib.training import train_gan
-from gan_lib.workers import find_places, require_some_workers, wait_for_workers
+from gan_lib.workers import find_places, in_thread, require_some_workers, wait_for_workers
 
 LOOPBACK = "127.0.0.1"
 SECONDS_TO_CONNECT = 5
@@ -105,7 +118,13 @@ def connect(address: str, n_workers: int = 1, security: Security | None = None) 
     """
     require_some_workers(n_workers)
     try:
-        client = Client(address, timeout=SECONDS_TO_CONNECT, security=security)
+        # Dask waits for ever for what listens and is no scheduler, such as a dashboard: then
+        # nobody should get that client by default, either.
+        client = in_thread(
+            lambda: Client(
+                address, timeout=SECONDS_TO_CONNECT, security=security, set_as_default=False
+            )
+        ).result(2 * SECONDS_TO_CONNECT)
     except TypeError as error:
         if "ssl_context" not in str(error):
             raise
@@ -126,6 +145,7 @@ def connect(address: str, n_workers: int = 1, security: Security | None = None) 
     except BaseException:
         client.close()
         raise
+    ensure_default_client(client)
     return client
 
 
@@ -185,38 +205,49 @@ def launch(
             f"min_workers is {min_workers}, max_restarts {max_restarts}, grace {grace}: expected "
             "at least 1, 0 and 0"
         )
+    require_some_workers(n_workers)
     if not isinstance(parameters, TrainingParameters):
+        for name in set(parameters or {}) & set(inspect.signature(launch).parameters):
+            raise ParameterError(
+                f"{name} is no parameter of the training, but an argument: "
+                f"launch(client, parameters, {name}=...)"
+            )
         parameters = TrainingParameters.from_mapping(parameters or {})
     parameters = parameters.replace(source=resolve_source(parameters.source))
+    wait_for_workers(client, max(n_workers or 1, min_workers))
     ship_package(client)
     places = find_places(client, max(n_workers or 1, min_workers), n_workers)
     url = absolute(run or new_run_url())
+    # All that may be wrong is looked for before anything of the run is written.
     if resume:
-        existing = open_run(url)
-        refuse_differences(url, existing.parameters, parameters)
-        told = existing.info() | {"parameters": parameters.to_dict()}
-        RunWriter(url).submit_result(PARAMETERS, json.dumps(told, indent=2))
+        refuse_differences(url, open_run(url).parameters, parameters)
+        _require_shared(client, url, PARAMETERS)
     else:
-        create_run(url, parameters)
-    first = places[0].worker
-    if not client.run(file_exists, url, PARAMETERS, workers=[first])[first]:
-        RunWriter(url).set_status("failed", error=f"not visible from {first}")
-        raise RunError(
-            f"the worker {first} sees no run at {url}: give a place that workers and client "
-            "share, such as s3://bucket/run"
-        )
-    try:
-        images = _prepare_on_workers(client, parameters)
-        if resume and images is not None and not new_images:
-            refuse_other_images(url, images)
-    except UserError as error:
-        RunWriter(url).set_status("failed", error=str(error))
-        raise
+        refuse_taken(url)
+        with _writable(url) as marker:
+            _require_shared(client, url, marker)
+    images = _prepare_on_workers(client, parameters)
+    if images is not None and not resume:
+        refuse_large_batches(images, parameters)
+    elif images is not None and not new_images:
+        refuse_other_images(url, images)
     prepared = images.prepared if images is not None else ""
     plan = Plan(
         parameters, function, n_workers, min_workers, max_restarts, grace, prepared, new_images
     )
-    return Job(client, url, plan, places, resume)
+    job = None
+    try:
+        # Who reserves a run watches over it: until then, an interrupt waits.
+        with interruptible(threading.Event()):
+            if not resume:
+                create_run(url, parameters)
+            job = Job(client, url, plan, places, resume)
+        job.wait_for_ranks()
+    except BaseException:
+        if job is not None:
+            job.abandon()
+        raise
+    return job
 
 
 def run_ranks(
@@ -249,16 +280,50 @@ def run_ranks(
     return RankGroup(client, start_ranks(client, places, device, function, arguments)).result()
 
 
+@contextlib.contextmanager
+def _writable(url: str) -> Iterator[str]:
+    """As `marked`, in a folder that is not left behind. Raises RunError if it cannot be written."""
+    try:
+        with marked(url) as marker:
+            yield marker
+    except UserError:
+        raise
+    except Exception as error:
+        raise RunError(
+            f"the run directory {url} cannot be written: {without_secrets(describe(error))}. Check "
+            "the address and the keys (for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.rmdir(url)
+
+
+def _require_shared(client: Client, url: str, path: str) -> None:
+    """Raise RunError, naming a worker that does not see a file of a run, or cannot write there."""
+    for worker, why in failures(client, share, url, path).items():
+        raise RunError(
+            f"the worker {worker} cannot use the run directory {url}: {why}. Give a place that "
+            "workers and client share, such as s3://bucket/run"
+        )
+
+
 def _prepare_on_workers(client: Client, p: TrainingParameters) -> ImageSet | None:
     """The images, in the cache from which the ranks open them; None if it is not theirs too."""
     try:
-        return prepare_images(
+        images = prepare_images(
             p.source, p.image_size, p.channels, p.crop, p.max_images, client=client
         )
+        if images.prepared:
+            for worker, why in failures(client, see, images.prepared, INDEX).items():
+                raise CacheNotSharedError(f"the worker {worker} cannot read the cache: {why}")
+            return images
     except CacheNotSharedError as error:
         # Not wrong, only slower: each machine has a cache of its own, and decodes for itself.
         print(f"every worker's machine prepares the images for itself, because {error}")
-        return None
+        images = None
+    for worker, why in failures(client, check_source, p.source).items():
+        raise SourceError(f"the worker {worker} cannot read the images: {why}")
+    return images
 
 
 # glibc gives freed memory back above this many bytes, and Dask's nanny sets 64 KiB so that

@@ -24,7 +24,7 @@ from gan_lib import manifest
 from gan_lib.embedded import package_images
 from gan_lib.errors import ParameterError, SourceError
 from gan_lib.interrupts import interruptible
-from gan_lib.listing import Listing, find_source, list_files, no_images
+from gan_lib.listing import Listing, find_source, list_files, look_at, no_images
 from gan_lib.parameters import CROPS, check_type, require_choice, require_range
 from gan_lib.progress import ProgressBar
 from gan_lib.shards import (
@@ -45,7 +45,6 @@ from gan_lib.storage import (
     Folder,
     absolute,
     cache_home,
-    file_exists,
     prepared_cache,
 )
 
@@ -357,12 +356,22 @@ def _on_workers(client: Client, works: Sequence[Work], folder: Folder) -> _Made:
     from distributed import as_completed
     from distributed.comm import get_address_host
 
+    from gan_lib.reach import failures, marked, share
     from gan_lib.shipping import ship_package
 
     if not works:
         return
     ship_package(client)
-    _check_that_workers_reach(client, folder)
+    for worker, why in failures(client, look_at, works[0].source).items():
+        raise SourceError(f"the worker {worker} cannot read the images: {why}")
+    with marked(folder.url) as marker:
+        without_cache = failures(client, share, folder.url, marker)
+    for worker, why in without_cache.items():
+        raise CacheNotSharedError(
+            f"the worker {worker} cannot use the cache: {why}. Name a place that all workers "
+            "reach, such as s3://bucket/cache, as cache= or in the environment variable "
+            "GAN_LIB_CACHE"
+        )
     keys = [f"prepare-{work.name}-{uuid.uuid4().hex}" for work in works]
     on_host: Counter[str] = Counter()
     for address, n_threads in client.nthreads().items():
@@ -381,22 +390,6 @@ def _on_workers(client: Client, works: Sequence[Work], folder: Folder) -> _Made:
             yield work, shard_info(folder, work) or future.result()
     finally:
         client.cancel(futures)
-
-
-def _check_that_workers_reach(client: Client, folder: Folder) -> None:
-    """Raise CacheNotSharedError, naming a worker that does not see `folder`."""
-    marker = f"visible-{uuid.uuid4().hex}"
-    folder.write(marker, b"")
-    try:
-        for worker, seen in client.run(file_exists, folder.url, marker).items():
-            if not seen:
-                raise CacheNotSharedError(
-                    f"the worker {worker} does not see the cache {folder.url}: name a place that "
-                    "all workers reach, such as s3://bucket/cache, as cache= or in the "
-                    "environment variable GAN_LIB_CACHE"
-                )
-    finally:
-        folder.remove(marker)
 
 
 def _tell_what_was_skipped(images: ImageSet, index: dict[str, Any], progress: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import threading
 import time
 import uuid
@@ -25,7 +26,7 @@ from gan_lib.errors import ClusterError, RunError, UserError, WorkerLostError, d
 from gan_lib.images import open_prepared
 from gan_lib.parameters import TrainingParameters
 from gan_lib.rank_group import RankGroup, start_ranks
-from gan_lib.results import REGROUP, STOP, Run, RunWriter, open_run
+from gan_lib.results import PARAMETERS, REGROUP, STOP, Run, RunWriter, open_run
 from gan_lib.training import TrainingResult, train_gan
 from gan_lib.watching import watch_run
 from gan_lib.workers import (
@@ -87,7 +88,6 @@ class Job:
     def __init__(
         self, client: Client, url: str, plan: Plan, places: list[Place], resume: bool
     ) -> None:
-        self.run: Run = open_run(url)
         self.workers = [place.worker for place in places]
         self.restarts: list[str] = []
         self._writer = RunWriter(url)
@@ -103,19 +103,25 @@ class Job:
         self._error: BaseException | None = None
         self._ended = threading.Event()
         self._has_begun = threading.Event()
-        if resume:
-            self._writer.remove(STOP)  # it came too late for the last job
         self._writer.set_status("waiting", job=self._name)
+        if resume:
+            # Only now: until it was claimed, the run may have been another job's.
+            self._writer.remove(STOP)  # it came too late for the last job
+            told = open_run(url).info() | {"parameters": plan.parameters.to_dict()}
+            self._writer.submit_result(PARAMETERS, json.dumps(told, indent=2))
+        self.run: Run = open_run(url)
         _JOBS.add(self)
         threading.Thread(
             target=self._supervise, args=(places, resume), name="supervising", daemon=True
         ).start()
-        try:
-            # Another job that is launched next should see that these workers are taken.
-            self._has_begun.wait()
-        except BaseException:
-            _end([self])  # nobody will get to hold it
-            raise
+
+    def wait_for_ranks(self) -> None:
+        """Wait until another job that is launched next would see that these workers are taken."""
+        self._has_begun.wait()
+
+    def abandon(self) -> None:
+        """Have it keep a checkpoint and end, because nobody will get to hold it."""
+        _end([self])
 
     def __repr__(self) -> str:
         return f"<Job {self.status} on {len(self.workers)} workers, {self.run.url}>"

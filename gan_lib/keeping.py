@@ -365,23 +365,28 @@ def claim_run(
     images: ImageSet,
     resume: bool,
     new_images: bool,
+    attempt: str,
 ) -> None:
     """Make sure that `run` is new, or one that `launch` has reserved, or one to resume.
+
+    Args:
+        run: URL of the run directory.
+        parameters: what is to be trained.
+        images: on what.
+        resume: whether it goes on.
+        new_images: on these, whatever it was trained on before.
+        attempt: of the job that has reserved it; empty if none has.
 
     Raises:
         RunError: if it is taken, or `resume` finds no run, or one of other parameters, or (but
             for `new_images`) one of other images.
     """
-    if not RunWriter(run).exists(PARAMETERS):
-        if resume:
-            raise RunError(f"no run lives at {run}: start it without resume")
-        create_run(run, parameters)
+    if not resume:
+        reserved = bool(attempt) and RunWriter(run).exists(PARAMETERS)
+        if not reserved or open_run(run).status().job != attempt:
+            create_run(run, parameters)
         return
     existing = open_run(run)
-    if not resume:
-        if existing.epochs("records") or existing.parameters != parameters:
-            create_run(run, parameters)  # which refuses
-        return
     refuse_differences(run, existing.parameters, parameters)
     if not new_images:
         refuse_other_images(run, images)

@@ -188,12 +188,7 @@ def check_source(source: str) -> None:
         return
     place = find_source(source)
     if is_remote(place.url):
-        # The first level only: a bucket may hold a million files.
-        with _one_sentence(place):
-            _, fs, root = _open_anew(place)
-            found = fs.ls(root, detail=False)
-        if not found:
-            raise not_there(place)
+        look_at(place)
     else:
         files = list_files(place)
         if len(files.paths) <= LOOK_AT and not any(
@@ -202,14 +197,31 @@ def check_source(source: str) -> None:
             raise no_images(files)
 
 
+def look_at(place: Source) -> None:
+    """Raise SourceError if a place cannot be listed.
+
+    Its first level only: a bucket may hold a million files.
+    """
+    with _one_sentence(place):
+        _, fs, root = _open_anew(place)
+        if not fs.ls(root, detail=False):
+            raise not_there(place)
+
+
 def _open_anew(source: Source) -> tuple[Source, fsspec.AbstractFileSystem, str]:
     """As `Source.open`, with nothing listed before; S3 anonymously, where there are no keys."""
     fs, root = source.open()
     # Another call may have listed it before, and files come and go.
     fs.invalidate_cache()
-    if is_s3(fs) and "anon" not in source.options and not has_keys(fs):
+    if _is_without_keys(source):
         return _open_anew(replace(source, options={**source.options, "anon": True}))
     return source, fs, root
+
+
+def _is_without_keys(source: Source) -> bool:
+    """Whether this is S3, and keys are wanted and not there."""
+    fs, _ = source.open()
+    return is_s3(fs) and "anon" not in source.options and not has_keys(fs)
 
 
 def not_there(source: Source) -> SourceError:
@@ -236,15 +248,15 @@ def no_images(files: Listing, reasons: Iterable[str] = ()) -> SourceError:
 def cannot_be_read(source: Source, error: BaseException) -> SourceError:
     """What a file system raised for the whole of a source, as one sentence with its cure."""
     said = source.clean(error) or type(error).__name__
-    if isinstance(error, PermissionError):
+    if isinstance(error, OSError) and _is_without_keys(source):
+        cure = (
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: there are no keys, and the store "
+            "does not let everybody read"
+        )
+    elif isinstance(error, PermissionError):
         cure = (
             "check the keys (for S3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, and a session token "
-            'that may have expired), or pass storage_options={"anon": True} for a public bucket'
-        )
-    elif type(error).__name__ == "NoCredentialsError":
-        cure = (
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or pass "
-            'storage_options={"anon": True} for a public bucket'
+            "that may have expired), or unset them for a public bucket"
         )
     else:
         cure = "check the address, the network and the credentials, or name a folder here"

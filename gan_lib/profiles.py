@@ -111,7 +111,7 @@ def check_parameters(names: Sequence[str], values: Mapping[str, Any]) -> dict[st
         # Not at the top: it takes seconds to import, and most runs need no cluster here.
         from gan_lib.cluster import connect
 
-        connect(together["address"]).close()
+        connect(together["address"], checked.get("n_workers") or 1).close()
     return checked
 
 

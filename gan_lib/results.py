@@ -109,26 +109,38 @@ class RunWriter(Folder):
 def create_run(url: str, parameters: TrainingParameters) -> None:
     """Reserve a run directory: nothing that an earlier run left there is touched.
 
+    Of several processes that want the same place at once, one gets it.
+
     Raises:
         RunError: if a run already lives there, or the place cannot be written.
     """
     writer = RunWriter(url)
     try:
-        if writer.exists(PARAMETERS) and not _failed_at_once(url):
-            raise RunError(
-                f"{url} already holds a run: choose another place, or go on with it by resume=True"
-            )
-        writer.submit_result(PARAMETERS, json.dumps({"parameters": parameters.to_dict()}, indent=2))
-        writer.set_status("waiting")
+        with writer.alone(PARAMETERS):
+            refuse_taken(url)
+            writer.set_status("waiting")
+            told = {"parameters": parameters.to_dict()}
+            writer.submit_result(PARAMETERS, json.dumps(told, indent=2))
+    except FileExistsError:
+        raise _taken(url) from None
     except OSError as error:
         raise RunError(f"the run directory {url} cannot be written: {error}") from error
 
 
-def _failed_at_once(url: str) -> bool:
-    """Whether the run there ended before it made anything: a mistake was found, and mended."""
+def refuse_taken(url: str) -> None:
+    """Raise RunError if a run lives there, unless it ended before it had made anything."""
+    if not RunWriter(url).exists(PARAMETERS):
+        return
     run = Run(url)
     made = run.epochs("records") or run.epochs("checkpoints")
-    return run.status().state == "failed" and not made
+    if made or run.status().state not in ("failed", "interrupted"):
+        raise _taken(url)
+
+
+def _taken(url: str) -> RunError:
+    return RunError(
+        f"{url} already holds a run: choose another place, or go on with it by resume=True"
+    )
 
 
 def open_run(url: str = "latest") -> Run:

@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import re
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -158,11 +159,6 @@ def open_to_append(path: str) -> BinaryIO:
     return os.fdopen(os.open(path, flags, 0o666), "ab")
 
 
-def file_exists(url: str, path: str) -> bool:
-    """Whether a folder has a file; sent to a worker, whether that worker sees it."""
-    return Folder(url).exists(path)
-
-
 class Folder:
     """Reads and writes the files of one folder, each whole.
 
@@ -297,6 +293,36 @@ class Folder:
         target = f"{self.root}/{path}"
         if self.fs.exists(target):
             self.fs.rm(target)
+
+    @contextlib.contextmanager
+    def alone(self, path: str) -> Iterator[None]:
+        """One process at a time, on all machines, for what takes seconds; others are refused.
+
+        Few stores create a file only if there is none. So each says first that it wants to, by
+        a file of its own: who then sees another steps back, but the first of them, which waits.
+
+        Args:
+            path: of the file, right in the folder, that is to be created.
+
+        Raises:
+            FileExistsError: if another process was there first.
+        """
+        name = f"{path}.{time.time():.6f}.{uuid.uuid4().hex}.claim"
+        self.write(name, b"", durable=False)
+        try:
+            while others := self._claims(path) - {name}:
+                if min(others) < name:
+                    raise FileExistsError(f"another process is creating {self.url}/{path}")
+                time.sleep(0.05)
+            yield
+        finally:
+            self.remove(name)
+
+    def _claims(self, path: str) -> set[str]:
+        # Who was killed inside of it is forgotten after a minute.
+        pattern = re.compile(rf"{re.escape(path)}\.(\d+\.\d+)\..*\.claim")
+        found = map(pattern.fullmatch, self.names(""))
+        return {claim[0] for claim in found if claim and time.time() - float(claim[1]) < 60}
 
     @contextlib.contextmanager
     def locked(self, path: str, *patterns: str, waiting: str = "") -> Iterator[None]:

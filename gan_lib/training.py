@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import gan_lib
-from gan_lib.batches import LATENTS, SAMPLES, WEIGHTS, Batch, Batches, stream_seed
+from gan_lib.batches import (
+    LATENTS,
+    SAMPLES,
+    WEIGHTS,
+    Batch,
+    Batches,
+    refuse_large_batches,
+    stream_seed,
+)
 from gan_lib.datasets import dataset_images
 from gan_lib.errors import DivergenceError, ParameterError
 from gan_lib.images import ImageSet, prepare_images
@@ -128,7 +136,7 @@ def train_gan(
         )
     elif not isinstance(images, ImageSet):
         images = dataset_images(images, p.image_size, p.channels, p.crop)
-    _check_images(images, parameters)
+    _check_images(images, parameters, resume)
     checksum = images.checksum()
     ranks.require_equal("parameters and images", (parameters.to_dict(), checksum, resume))
     batches = Batches(images, parameters, ranks.rank, ranks.world_size, device)
@@ -138,7 +146,9 @@ def train_gan(
     with interruptible(LEAVE):
         if run is not None:
             # Rank 0 decides whether the place is good, and all ranks hear of it.
-            ranks.from_first(lambda: claim_run(run, parameters, images, resume, new_images))
+            ranks.from_first(
+                lambda: claim_run(run, parameters, images, resume, new_images, attempt)
+            )
         keeper = Keeper(run, results, parameters, attempt) if ranks.rank == 0 else None
         try:
             records: list[dict[str, Any]] = []
@@ -422,7 +432,9 @@ def _end_epoch(
     return asked
 
 
-def _check_images(images: ImageSet, p: TrainingParameters) -> None:
+def _check_images(images: ImageSet, p: TrainingParameters, resume: bool) -> None:
+    if not resume:
+        refuse_large_batches(images, p)
     wanted = (p.image_size, p.image_size, p.channels)
     if images.pixels.shape[1:] != wanted:
         raise ParameterError(

@@ -9,6 +9,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -110,6 +111,20 @@ class Watch:
         return time.monotonic() - self._seen[worker][1] > self._patience
 
 
+def in_thread(function: Callable[[], _T]) -> Future[_T]:
+    """Call a function that may never return, in a thread that then is forgotten."""
+    result: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="asking the cluster").start()
+    return result
+
+
 def ask(client: Client, question: Callable[[], _T], workers: Sequence[str] = ()) -> _T:
     """What a cluster answers; Dask waits for ever for a worker that was suspended.
 
@@ -125,30 +140,19 @@ def ask(client: Client, question: Callable[[], _T], workers: Sequence[str] = ())
     """
     if client.status not in ("running", "connecting"):
         raise ClusterError("the client is closed: make another by start_cluster() or connect(...)")
-    answers: list[_T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            answers.append(question())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True, name="asking the cluster")
-    thread.start()
+    answer = in_thread(question)
     deadline = time.monotonic() + SECONDS_TO_ANSWER
     watch = Watch(client, SECONDS_TO_THINK)
-    while thread.is_alive() and time.monotonic() < deadline:
-        thread.join(0.5)
-        if workers and thread.is_alive():
+    while time.monotonic() < deadline:
+        with contextlib.suppress(TimeoutError):
+            answer.exception(timeout=0.5)
+        if answer.done():
+            return answer.result()
+        if workers:
             alive = watch.alive()
             for worker in workers:
                 if worker not in alive:
                     raise WorkerLostError(f"the worker {worker} is gone, or does not answer")
-    if answers:
-        return answers[0]
-    if errors:
-        raise errors[0]
     raise WorkerLostError(
         f"the cluster does not answer for {SECONDS_TO_ANSWER:.0f} s: a worker hangs, or is cut off"
     )

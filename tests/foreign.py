@@ -17,7 +17,7 @@ class ForeignCluster:
 
     Args:
         folder: for what they write; the processes run in it.
-        path: folders from which the workers may import, beside the installed packages.
+        path: folders from which they may import, beside the installed packages.
         environment: of the workers, on top of this process's; None leaves a variable out.
         nanny: whether the workers have one.
     """
@@ -35,7 +35,7 @@ class ForeignCluster:
         self.nanny = nanny
         self.processes: list[subprocess.Popen[bytes]] = []
         self._file = folder / "scheduler.json"
-        self._start("scheduler", "--port", "0")
+        self._start("scheduler", "--port", "0", path=path)
         deadline = time.monotonic() + 60
         while not self._file.exists() and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -178,7 +178,7 @@ def test_a_launch_without_images_ends_before_it_begins(
     place = str(tmp_path / "run")
     with pytest.raises(SourceError, match="nowhere"):
         launch(client, tiny.replace(source=str(tmp_path / "nowhere")), run=place)
-    assert open_run(place).status().state == "failed"
+    assert not os.path.exists(place)
 
 
 def test_too_small_batches_for_the_ranks(client: Client, tiny: TrainingParameters) -> None:
@@ -195,7 +195,13 @@ def test_wrong_calls_are_refused_before_any_work(
         launch(client, tiny, n_workers=3)
     with pytest.raises(ParameterError, match="has no boxes"):
         launch(client, tiny.replace(crop="box"), run=str(tmp_path / "boxes"))
-    assert open_run(str(tmp_path / "boxes")).status().state == "failed"
+    assert not (tmp_path / "boxes").exists()
+    with pytest.raises(ParameterError, match=r"n_workers is no parameter .* n_workers=\.\.\."):
+        launch(client, {"n_workers": 2})
+    with pytest.raises(ParameterError, match="batch_size is 97, and there are 96 images"):
+        launch(client, tiny.replace(batch_size=97), run=str(tmp_path / "large"))
+    with pytest.raises(RunError, match=r"worker tls://.* does not see memory://run"):
+        launch(client, tiny, run="memory://run")
     launch(client, tiny.replace(epochs=1), run=str(tmp_path / "run")).result()
     with pytest.raises(RunError, match="already holds a run"):
         launch(client, tiny, run=str(tmp_path / "run"))

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import dask
-import psutil
 import pytest
 from distributed import Client, LocalCluster, Security
 from foreign import started
 
-from gan_lib import workers
+from gan_lib import cluster, workers
 from gan_lib.cluster import close_cluster, connect, launch, run_ranks, start_cluster
 from gan_lib.errors import ClusterError
 from gan_lib.parameters import TrainingParameters
@@ -56,19 +55,20 @@ def test_only_who_started_a_cluster_may_use_it(client: Client) -> None:
     address = client.scheduler.address
     with pytest.raises(ClusterError, match="wants certificates, and there are none"):
         connect(address)
-    strangers = [(None, "tcp"), (Security.temporary(), "tls")]
-    # Scheduler, nannies and workers, and the dashboard, which shows and takes nothing by Dask.
-    ports = {
-        connection.laddr.port
-        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert int(address.rpartition(":")[2]) in ports
-    for port in sorted(ports):
-        for security, protocol in strangers:
-            with pytest.raises(ClusterError, match="no Dask scheduler answers"):
-                connect(f"{protocol}://127.0.0.1:{port}", security=security)
+    assert client.cluster is not None
+    nannies = [nanny.address for nanny in client.cluster.workers.values()]
+    for listens in (address, *nannies, *client.nthreads()):
+        with pytest.raises(ClusterError, match="no Dask scheduler answers"):
+            connect(listens.replace("tls://", "tcp://"))
+        with pytest.raises(ClusterError, match="no Dask scheduler answers"):
+            connect(listens, security=Security.temporary())
+
+
+def test_what_listens_and_never_answers(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "SECONDS_TO_CONNECT", 1)
+    dashboard = client.dashboard_link.removeprefix("http://").partition("/")[0]
+    with pytest.raises(ClusterError, match=f"no Dask scheduler answers at 'tcp://{dashboard}'"):
+        connect(f"tcp://{dashboard}")
 
 
 def test_certificates_are_given_or_configured(client: Client, tmp_path: Path) -> None:
@@ -140,13 +140,6 @@ def other_version(folder: Path) -> Path:
     return folder
 
 
-def archives() -> list[str]:
-    """On a worker: the archives that it would import from."""
-    import sys
-
-    return [path for path in sys.path if path.endswith(".zip") and "gan_lib" in path]
-
-
 def test_another_version_on_the_cluster_is_not_changed(tmp_path: Path) -> None:
     other = other_version(tmp_path / "other")
     with started(tmp_path, n_workers=0) as theirs:
@@ -156,8 +149,9 @@ def test_another_version_on_the_cluster_is_not_changed(tmp_path: Path) -> None:
             plain.wait_for_workers(2, timeout=60)
             with pytest.raises(ClusterError, match=r"worker tcp://\S+ has another version of gan_"):
                 connect(theirs.address, 2)
-            assert plain.run(archives) == {worker: [] for worker in plain.nthreads()}
-            assert plain.run_on_scheduler(archives) == []
+            uploaded = "[p for p in __import__('sys').path if 'gan_lib' in p]"
+            assert set(map(str, plain.run(eval, uploaded).values())) == {"[]"}
+            assert plain.run_on_scheduler(eval, uploaded) == []
 
 
 def test_each_attempt_compares_the_versions(tmp_path: Path) -> None:

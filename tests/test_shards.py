@@ -179,13 +179,16 @@ def test_workers_prepare_the_same(tmp_path: Path, cache: str, client: Client) ->
     assert sum(client.run(os.getpid).values())  # the workers are alive and free
 
 
-def test_a_cache_that_workers_do_not_see(
-    tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_workers_do_not_see(tmp_path: Path, client: Client) -> None:
     folder = make_folder(tmp_path / "dogs", ["a"], 2)
-    monkeypatch.setattr(images_module, "file_exists", lambda url, path: False)
-    with pytest.raises(CacheNotSharedError, match=r"worker tcp://.*does not see.*GAN_LIB_CACHE"):
-        prepare_images(str(folder), 16, cache=str(tmp_path / "mine"), client=client)
+    with pytest.raises(CacheNotSharedError, match=r"worker tls://.*does not see.*GAN_LIB_CACHE"):
+        prepare_images(str(folder), 16, cache="memory://mine", client=client)
+
+
+def test_a_source_that_workers_do_not_see(tmp_path: Path, client: Client) -> None:
+    fsspec.filesystem("memory").pipe_file("/dogs/a/1.jpg", b"only here")
+    with pytest.raises(SourceError, match=r"worker tls://\S+ cannot read .*memory://dogs"):
+        prepare_images("memory://dogs", 16, cache=str(tmp_path), client=client)
 
 
 def test_a_cache_on_s3_is_copied_once(
