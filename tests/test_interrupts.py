@@ -140,8 +140,9 @@ def check_an_interrupt(
     else:
         os.kill(process.pid, number)
     process.wait(timeout=60)
-    left = [other.pid for other in psutil.process_iter() if _session(other.pid) == process.pid]
-    assert not psutil.wait_procs(map(psutil.Process, left), timeout=20)[1]
+    left = [other for other in psutil.process_iter() if _session(other.pid) == process.pid]
+    # A worker that has just been started imports torch before it looks whether anybody waits.
+    assert not psutil.wait_procs(left, timeout=60)[1]
     assert not list(place.rglob("*.part"))
     if not (place / "parameters.json").exists():
         return process.returncode, ""
@@ -194,7 +195,7 @@ def test_a_training_that_is_interrupted(
 @pytest.mark.long
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize(
-    ("script", "seconds"), [(ALONE, 6), (ON_A_CLUSTER, 12)], ids=["train_gan", "launch"]
+    ("script", "seconds"), [(ALONE, 6), (ON_A_CLUSTER, 20)], ids=["train_gan", "launch"]
 )
 def test_interrupts_at_random_moments(
     script: str, seconds: float, number: int, tmp_path: Path, tiny: TrainingParameters
