@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -9,14 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from distributed import Client
 from foreign import started
 
 from gan_lib.cluster import close_cluster, connect, launch, start_cluster
-from gan_lib.errors import RunError, SourceError
+from gan_lib.errors import RunError, SourceError, UserError
 from gan_lib.jobs import Job
 from gan_lib.listing import check_source
 from gan_lib.parameters import TrainingParameters
@@ -224,51 +224,23 @@ class Side:
         self.client = start_cluster(1, device="cpu")
         self.job: Job | None = None
 
-    def act(self, rng: random.Random, place: str, p: TrainingParameters) -> str:
-        """Do one thing to a run, whoever trains it; what became of it."""
-        what = rng.choice(["launch", "resume", "stop", "stop now"])
-        try:
-            if what == "launch":
-                self._start(place, p, resume=False)
-            elif what == "resume":
-                self._start(place, p, resume=True)
-            else:
-                open_run(place).stop(now=what == "stop now")
-        except RunError as error:
-            return f"{what}: {error}"
-        return what
-
-    def _start(self, place: str, p: TrainingParameters, resume: bool) -> None:
-        if self.job is not None and not self.job.done():
-            self.job.stop(now=True)
-            self.job._ended.wait(60)
+    def start(self, place: str, p: TrainingParameters, resume: bool = False) -> None:
+        """Launch or resume a run; its cluster has one worker, so its last job ends before."""
+        self.end()
         self.job = launch(self.client, p, run=place, resume=resume)
 
+    def end(self) -> None:
+        """End its job, if it goes on, in whatever way it ends."""
+        if self.job is not None:
+            self.job.stop(now=True)
+            with contextlib.suppress(RunError):
+                self.job.result(timeout=60)
+            self.job = None
 
-def two_sides(places: list[str], p: TrainingParameters, rounds: int, rng: random.Random) -> None:
-    sides = [Side(), Side()]
-    told = {place: p.replace(seed=n) for n, place in enumerate(places)}
-    try:
-        for _ in range(rounds):
-            side, place = rng.choice(sides), rng.choice(places)
-            print(sides.index(side), places.index(place), side.act(rng, place, told[place]))
-            time.sleep(rng.uniform(0, 2))
-            for place in filter(lambda place: RunWriter(place).exists("parameters.json"), places):
-                assert open_run(place).parameters == told[place]
-        for side in sides:
-            if side.job is not None and not side.job.done():
-                side.job.stop(now=True)
-                side.job._ended.wait(60)
-    finally:
-        for side in sides:
-            close_cluster(side.client)
-    for place in filter(lambda place: RunWriter(place).exists("parameters.json"), places):
-        run = open_run(place)
-        assert run.status().state in ("stopped", "interrupted", "failed"), run.status()
-        records: Any = run.records()
-        if len(records):
-            assert records["iteration"].tolist() == list(range(1, len(records) + 1))
-            assert run.checkpoint()["parameters"] == told[place].to_dict()
+
+def owner(place: str) -> str:
+    """Which job has a run, without the attempt."""
+    return open_run(place).status().job.partition("-")[0]
 
 
 @pytest.mark.parametrize("rounds", [8, pytest.param(60, marks=pytest.mark.long)])
@@ -277,5 +249,38 @@ def test_two_clusters_with_each_others_runs(
 ) -> None:
     seed = int(os.environ.get("GAN_LIB_FAULT_SEED", time.time()))
     print(f"GAN_LIB_FAULT_SEED={seed}")
+    rng = random.Random(seed)
     places = [str(tmp_path / "run"), f"{s3}/run-{time.time_ns()}"]
-    two_sides(places, tiny.replace(epochs=100_000), rounds, random.Random(seed))
+    told = {place: tiny.replace(seed=n, epochs=100_000) for n, place in enumerate(places)}
+    sides = [Side(), Side()]
+    try:
+        for side, place in zip(sides, places, strict=True):
+            side.start(place, told[place])
+        for _ in range(rounds):
+            time.sleep(rng.uniform(0, 2))
+            side, place = rng.choice(sides), rng.choice(places)
+            what = rng.choice(["launch", "resume", "resume", "stop", "stop now"])
+            print(f"side {sides.index(side)}, run {places.index(place)}: {what}", flush=True)
+            before = {url: owner(url) for url in places}
+            if what == "launch":
+                with pytest.raises(UserError, match=r"already holds a run|train for another"):
+                    launch(side.client, told[place].replace(seed=7), run=place)
+            elif what == "resume":
+                side.start(place, told[place], resume=True)
+                assert owner(place) == side.job._name
+                del before[place]
+            else:
+                open_run(place).stop(now=what == "stop now")
+            assert {url: owner(url) for url in before} == before
+        for side in sides:
+            side.end()
+    finally:
+        for side in sides:
+            close_cluster(side.client)
+    for place in places:
+        run = open_run(place)
+        assert run.parameters == told[place]
+        assert run.status().state == "stopped", run.status()
+        records = run.records()
+        assert records["iteration"].tolist() == list(range(1, len(records) + 1))
+        assert run.checkpoint()["parameters"] == told[place].to_dict()
