@@ -55,7 +55,7 @@ def start_cluster(n_workers: int | None = None, device: str = "auto") -> Client:
     Scheduler and workers listen on loopback and speak TLS, with certificates that only they and
     this process hold: whoever could send them work could do it as the user who started them.
     That covers what goes through Dask. The ranks of a training talk among themselves (gloo,
-    NCCL) on loopback too, unencrypted.
+    NCCL) on loopback too, unencrypted, and Dask's dashboard shows itself to all on this machine.
 
     Args:
         n_workers: one rank will run on each; None takes one per GPU, or one per CPU core.

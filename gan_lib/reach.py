@@ -24,8 +24,10 @@ from gan_lib.workers import ask
 def failures(client: Client, function: Callable[..., None], *arguments: Any) -> dict[str, str]:
     """Call a function on each worker; worker -> why it fails there, for those where it does."""
     names = [name for name in os.environ if name.startswith("AWS_")]
-    found = ask(client, lambda: client.run(_try, function, arguments, names))
-    return {worker: why for worker, why in found.items() if why}
+    found = ask(client, lambda: client.run(_try, function, arguments, names, on_error="return"))
+    # An error that is no answer: the worker has gone.
+    said = {w: describe(a) if isinstance(a, Exception) else a for w, a in found.items()}
+    return {worker: why for worker, why in said.items() if why}
 
 
 @contextlib.contextmanager

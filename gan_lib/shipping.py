@@ -14,6 +14,7 @@ import pkgutil
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from typing import Any
 
 from distributed import Client
 
@@ -69,8 +70,8 @@ def ship_package(client: Client, workers: Sequence[str] | None = None) -> None:
         workers: that have to have it now; None means all.
 
     Raises:
-        ClusterError: if one of them or the scheduler has another version, a worker has no torch,
-            say.
+        ClusterError: if one of them or the scheduler has another version, or a worker has no
+            torch, say.
         WorkerLostError: if a worker does not answer.
     """
     states = _states(client, workers)
@@ -99,19 +100,19 @@ def _upload(client: Client) -> None:
 
 def _states(client: Client, workers: Sequence[str] | None) -> dict[str, list[str] | None]:
     """What the scheduler and each worker lack; None where gan_lib is missing, too."""
-    # Where gan_lib is missing, the function itself cannot be loaded, and the answer is the error.
-    answers = ask(
-        client,
-        lambda: client.run(package_state, workers=workers, on_error="return"),
-        workers or (),
-    )
-    found = {f"the worker {worker}": answer for worker, answer in answers.items()}
-    try:
-        found["the scheduler"] = (client.run_on_scheduler(package_checksum), [])
-    except Exception as error:
-        found["the scheduler"] = error
+
+    def question() -> dict[str, Any]:
+        # Where gan_lib is missing, the function itself cannot be loaded: the error is the answer.
+        answers = client.run(package_state, workers=workers, on_error="return")
+        found = {f"the worker {worker}": answer for worker, answer in answers.items()}
+        try:
+            found["the scheduler"] = (client.run_on_scheduler(package_checksum), [])
+        except Exception as error:
+            found["the scheduler"] = error
+        return found
+
     states: dict[str, list[str] | None] = {}
-    for place, answer in found.items():
+    for place, answer in ask(client, question, workers or ()).items():
         if isinstance(answer, OSError):
             raise WorkerLostError(f"{place} does not answer: {describe(answer)}")
         # Dask brings an error of a worker's imports as text.

@@ -18,7 +18,7 @@ from gan_lib import cluster, workers
 from gan_lib.cluster import close_cluster, connect, launch, run_ranks, start_cluster
 from gan_lib.errors import ClusterError
 from gan_lib.parameters import TrainingParameters
-from gan_lib.profiles import CHECKOUT
+from gan_lib.profiles import CHECKOUT, check_parameters
 from gan_lib.rank_group import start_ranks
 from gan_lib.workers import find_places
 
@@ -103,6 +103,21 @@ def test_a_cluster_without_workers_is_refused_and_left_as_it_was(
         assert set(theirs.scheduler.clients) <= {their_client.id, "fire-and-forget"}
         close_cluster(Client(theirs))
         assert theirs.status.name == "running"
+
+
+def test_a_series_is_not_begun_without_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "SECONDS_TO_WAIT_FOR_WORKERS", 0.5)
+    with LocalCluster(
+        n_workers=2, processes=False, protocol="tcp://", dashboard_address=None
+    ) as theirs:
+        told = {"address": theirs.scheduler_address}
+        check_parameters(["04_distributed_training"], told)
+        check_parameters(["04_distributed_training"], {**told, "n_workers": 2})
+        with pytest.raises(ClusterError, match="2 workers and 5 are needed"):
+            check_parameters(["04_distributed_training"], {**told, "n_workers": 5})
+        theirs.scale(0)
+        with pytest.raises(ClusterError, match="no workers"):
+            check_parameters(["04_distributed_training"], told)
 
 
 def test_too_few_or_impossible_numbers_of_workers(

@@ -245,13 +245,14 @@ def owner(place: str) -> str:
 
 @pytest.mark.parametrize("rounds", [8, pytest.param(60, marks=pytest.mark.long)])
 def test_two_clusters_with_each_others_runs(
-    rounds: int, tiny: TrainingParameters, s3: str, tmp_path: Path
+    rounds: int, tiny: TrainingParameters, s3: str, photographs: Path, tmp_path: Path
 ) -> None:
     seed = int(os.environ.get("GAN_LIB_FAULT_SEED", time.time()))
     print(f"GAN_LIB_FAULT_SEED={seed}")
     rng = random.Random(seed)
     places = [str(tmp_path / "run"), f"{s3}/run-{time.time_ns()}"]
-    told = {place: tiny.replace(seed=n, epochs=100_000) for n, place in enumerate(places)}
+    p = tiny.replace(source=str(photographs), max_images=0, channels=3, batch_size=4)
+    told = {place: p.replace(seed=n, epochs=100_000) for n, place in enumerate(places)}
     sides = [Side(), Side()]
     try:
         for side, place in zip(sides, places, strict=True):
