@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from distributed import Client
 from fault_proxy import FaultProxy, fault_proxy
-from test_shards import make_folder
+from test_shards import ANNOTATION, make_folder
 from uploading import upload
 
 from gan_lib import fetching, images, object_store, shards
@@ -192,6 +192,24 @@ def test_what_could_not_be_read_is_tried_again(
     proxy.seen.clear()
     assert prepare().checksum() == whole.checksum()
     assert not any(name.endswith(".png") for name in proxy.seen)
+
+
+def test_a_box_that_could_not_be_read_is_tried_again(
+    proxy: FaultProxy, tmp_path: Path, s3: str
+) -> None:
+    folder = make_folder(tmp_path / "Images", ["a"], 2)
+    (tmp_path / "Annotation" / "a").mkdir(parents=True)
+    for name in ("000", "001"):
+        (tmp_path / "Annotation" / "a" / name).write_text(ANNOTATION.format(2, 2, 20, 20))
+    place = f"{s3}/boxes-{time.time_ns()}"
+    upload(folder, f"{place}/Images")
+    upload(tmp_path / "Annotation", f"{place}/Annotation")
+    told = {"crop": "box", "storage_options": options(proxy), "cache": str(tmp_path / "cache")}
+    proxy.faults, proxy.times = {"001": "expired"}, 10**6
+    with pytest.warns(SkippedFilesWarning, match=r"1 x cannot be read.*tries the 1 again"):
+        assert len(prepare_images(f"{place}/Images", 16, **told)) == 1
+    proxy.faults = {}
+    assert len(prepare_images(f"{place}/Images", 16, **told)) == 2
 
 
 def test_two_machines_that_each_miss_another_file_agree(
