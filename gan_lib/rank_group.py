@@ -315,8 +315,9 @@ def _meet(
 
     Raises:
         ConnectionError: if rank 0 is gone: it has listened before any rank was started.
-        DistError, TimeoutError: if it does not answer for `SECONDS_TO_MEET`, or until nobody
-            waits any more for this rank.
+        DistError, TimeoutError: if it cannot be reached for `SECONDS_TO_MEET`, or nobody waits
+            any more for this rank (see `_leave_when_unwanted`, which ends also the silence of
+            one that has accepted a connection).
     """
     deadline = time.monotonic() + SECONDS_TO_MEET
     while True:
