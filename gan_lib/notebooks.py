@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import nbformat
 import papermill
@@ -88,7 +89,9 @@ def run_notebooks(
         len(nbformat.read(profiles.FOLDER / f"{n}.ipynb", as_version=4).cells) + 1 for n in names
     )
     stop = _Stop()
-    with interruptible(stop), _headless(), _SeriesProgress(total) as progress:
+    # Kernels that are started inside print progress as lines.
+    headless = patch.dict(os.environ, {HEADLESS_VARIABLE: "1"})
+    with interruptible(stop), headless, _SeriesProgress(total) as progress:
         for name in names:
             if stop.is_set():
                 break
@@ -312,17 +315,3 @@ def _pictures(notebook: nbformat.NotebookNode) -> Iterator[tuple[str, bytes]]:
             for kind, ending in PICTURES.items():
                 if kind in output.get("data", {}):
                     yield ending, base64.b64decode(output["data"][kind])
-
-
-@contextlib.contextmanager
-def _headless() -> Iterator[None]:
-    """Kernels that are started inside print progress as lines."""
-    before = os.environ.get(HEADLESS_VARIABLE)
-    os.environ[HEADLESS_VARIABLE] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[HEADLESS_VARIABLE]
-        else:
-            os.environ[HEADLESS_VARIABLE] = before

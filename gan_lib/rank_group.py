@@ -295,7 +295,10 @@ def _work_as_rank(
 
 @contextlib.contextmanager
 def _environment(told: Mapping[str, str]) -> Iterator[None]:
-    """These environment variables inside, and afterwards what was there before."""
+    """These environment variables inside, and afterwards their values of before.
+
+    Others may be set meanwhile, by `client.run`, say, and stay.
+    """
     before = {name: os.environ.get(name) for name in told}
     os.environ.update(told)
     try:
