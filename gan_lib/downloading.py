@@ -11,7 +11,6 @@ import http.client
 import os
 import shutil
 import tarfile
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -74,10 +73,19 @@ def fetch(name: str, archives: Sequence[str]) -> list[Path]:
 
 def _fetch_one(name: str, archive: str, entry: dict[str, Any]) -> Path:
     target = fetched_folder(name, archive)
-    if target.exists():
+    part = target.parent / f"{archive}.tar.part"
+    if target.exists() and not part.exists():
         return target
     Folder(local_cache()).make_private()
-    target.parent.mkdir(parents=True, exist_ok=True)
+    waiting = f"another process is fetching {archive} of {name}: waiting for it"
+    with Folder(str(target.parent)).locked(f"{archive}.lock", waiting=waiting):
+        if not target.exists():
+            _fetch_into(target, part, entry)
+        part.unlink(missing_ok=True)
+    return target
+
+
+def _fetch_into(target: Path, part: Path, entry: dict[str, Any]) -> None:
     # The archive and what it holds lie there together for a moment.
     free, needed = shutil.disk_usage(target.parent).free, 2 * entry["bytes"]
     if free < needed:
@@ -85,7 +93,6 @@ def _fetch_one(name: str, archive: str, entry: dict[str, Any]) -> Path:
             f"{target.parent} has {free / 2**20:,.0f} MB free and {needed / 2**20:,.0f} MB are "
             "needed: make room, or name another place in the environment variable GAN_LIB_CACHE"
         )
-    part = target.parent / f"{archive}.tar.part"
     _download(entry["url"], part, entry["bytes"])
     found = _sha256(part)
     if found != entry["sha256"]:
@@ -95,8 +102,6 @@ def _fetch_one(name: str, archive: str, entry: dict[str, Any]) -> Path:
             "its way or is another file, nothing was unpacked and it was removed; fetch again"
         )
     _unpack(part, target)
-    part.unlink()
-    return target
 
 
 def _download(url: str, part: Path, size: int) -> None:
@@ -137,7 +142,8 @@ def _go_on(url: str, part: Path, size: int, bar: ProgressBar) -> None:
         if not resumed:
             part.unlink(missing_ok=True)
         with open_to_append(str(part)) as file:
-            while data := answer.read(CHUNK):
+            # What has come, not what fills the chunk: an interrupt loses nothing of it.
+            while data := answer.read1(CHUNK):
                 file.write(data)
                 bar.update(len(data))
                 if file.tell() > size:
@@ -153,20 +159,23 @@ def _sha256(path: Path) -> str:
 
 
 def _unpack(archive: Path, target: Path) -> None:
-    with tempfile.TemporaryDirectory(
-        dir=target.parent, prefix="unpacking-", ignore_cleanup_errors=True
-    ) as aside:
-        try:
-            with tarfile.open(archive) as tar:
-                # "data" refuses what would land outside, links that lead out, and devices.
-                tar.extractall(aside, filter="data")
-        except (tarfile.TarError, OSError) as error:
-            raise SourceError(
-                f"{archive.name.removesuffix('.part')} was not unpacked: {error}. "
-                "Nothing of it was kept"
-            ) from None
-        unpacked = Path(aside, target.name)
+    aside = archive.with_suffix(".unpacking")
+    # One that was killed may have left it.
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        with tarfile.open(archive) as tar:
+            # "data" refuses what would land outside, links that lead out, and devices.
+            tar.extractall(aside, filter="data")
+        unpacked = aside / target.name
         os.replace(unpacked if unpacked.is_dir() else aside, target)
+    except (tarfile.TarError, OSError) as error:
+        raise SourceError(
+            f"{archive.name.removesuffix('.part')} was not unpacked: {error}. "
+            "Nothing of it was kept"
+        ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def differences(name: str, paths: Sequence[str]) -> list[str]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import io
 import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -56,6 +63,9 @@ class Server:
         self.ranges: list[str | None] = []
         self.cut_after: list[int] = []
         self.knows_ranges = True
+        # Seconds between one piece of an answer and the next, and the size of a piece.
+        self.pause, self.piece = 0.0, 2**30
+        self.n_sent = 0
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -69,7 +79,11 @@ class Server:
                 self.send_header("Content-Length", str(len(data) - start))
                 self.end_headers()
                 stop = server.cut_after.pop(0) if server.cut_after else len(data)
-                self.wfile.write(data[start : max(start, stop)])
+                data = data[start : max(start, stop)]
+                for at in range(0, len(data), server.piece):
+                    time.sleep(server.pause)
+                    with contextlib.suppress(ConnectionError):
+                        server.n_sent += self.wfile.write(data[at : at + server.piece])
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -124,6 +138,31 @@ def entry_of(server: Server) -> dict[str, Any]:
 
 
 FETCH = ["data", "fetch", "dogs", "--archive", "images"]
+# The command in a process of its own, with the manifest of the test.
+COMMAND = """
+import json, sys
+from gan_lib import manifest
+entry = json.loads(sys.argv.pop(1))
+manifest.sources = lambda: {"dogs": entry}
+from gan_lib.__main__ import main
+sys.exit(main())
+"""
+
+
+def start(server: Server) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", COMMAND, json.dumps(entry_of(server)), *FETCH]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_fetched_once_then_used(
@@ -136,7 +175,7 @@ def test_fetched_once_then_used(
     assert server.ranges == [None]
     place = tmp_path / "cache" / "sources" / "dogs"
     assert find_source("dogs").url == str(place / "Images")
-    assert [path.name for path in place.iterdir()] == ["Images"]
+    assert sorted(path.name for path in place.iterdir()) == ["Images", "images.lock"]
     assert main(["data", "list"]) == 0
     assert f"fetched: {place / 'Images'}" in capsys.readouterr().out
     assert main(["data", "prepare", "dogs", "--size", "16"]) == 0
@@ -204,6 +243,86 @@ def test_a_link_in_the_place_of_a_download_is_not_followed(server: Server, tmp_p
     assert precious.read_text() == "not to be lost"
 
 
+def test_two_processes_fetch_an_archive_once(server: Server) -> None:
+    data = server.files["/images.tar"]
+    server.pause, server.piece = 0.05, len(data) // 20
+    first = start(server)
+    wait_for(lambda: server.n_sent > 0)
+    second = start(server)
+    said = [process.communicate(timeout=60)[0] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), said
+    assert "another process is fetching images of dogs: waiting for it" in said[1]
+    assert (server.ranges, server.n_sent) == ([None], len(data))
+    assert left_in(downloading.fetched_folder("dogs").parent) == ["Images", "images.lock"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_fetch_is_taken_up_where_it_was(server: Server, number: int) -> None:
+    data = server.files["/images.tar"]
+    server.pause, server.piece = 0.05, len(data) // 20
+    process = start(server)
+    wait_for(lambda: server.n_sent > len(data) // 2)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + number, said
+    folder = downloading.fetched_folder("dogs").parent
+    assert left_in(folder) == ["images.lock", "images.tar.part"]
+    size = (folder / "images.tar.part").stat().st_size
+    assert size >= len(data) // 2 - server.piece
+    assert main(FETCH) == 0
+    assert server.ranges == [None, f"bytes={size}-"]
+    assert left_in(folder) == ["Images", "images.lock"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_fetch_interrupted_at_twenty_random_moments(
+    server: Server, number: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "many" / "Images"
+    make_folder(folder, ["a", "b"], 1_000)
+    server.files["/images.tar"] = packed(lambda tar: tar.add(folder, "Images"))
+    data = server.files["/images.tar"]
+    server.pause, server.piece = 0.02, len(data) // 40
+    place = downloading.fetched_folder("dogs").parent
+    began = time.monotonic()
+    assert start(server).wait(60) == 0
+    whole = time.monotonic() - began
+    rng = random.Random(number)
+    for _ in range(20):
+        shutil.rmtree(place)
+        server.ranges.clear()
+        process = start(server)
+        time.sleep(rng.uniform(0, whole))
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=30)
+        there = left_in(place)
+        if "Images" not in there:
+            assert set(there) <= {"images.lock", "images.tar.part"}, said
+        part = place / "images.tar.part"
+        size = part.stat().st_size if part.exists() else 0
+        asked = len(server.ranges)
+        assert main(FETCH) == 0
+        if "Images" in there or size == len(data):
+            assert len(server.ranges) == asked
+        else:
+            assert server.ranges[asked:] == [f"bytes={size}-" if size else None]
+        assert left_in(place) == ["Images", "images.lock"]
+        assert main(["data", "verify", "dogs"]) == 1  # of these there are more
+        assert sum(path.is_file() for path in (place / "Images").rglob("*")) == 2_000
+
+
+def test_what_a_killed_fetch_has_left_goes(server: Server) -> None:
+    folder = downloading.fetched_folder("dogs").parent
+    (folder / "images.tar.unpacking" / "Images").mkdir(parents=True)
+    assert main(FETCH) == 0
+    # Killed after the folder was put in place, before the archive went.
+    (folder / "images.tar.part").write_bytes(server.files["/images.tar"])
+    assert main(FETCH) == 0
+    assert left_in(folder) == ["Images", "images.lock"]
+    assert server.ranges == [None]
+
+
 def test_a_server_that_knows_no_ranges(server: Server) -> None:
     server.knows_ranges, server.cut_after = False, [1000]
     assert main(FETCH) == 0
@@ -217,7 +336,7 @@ def test_another_file_is_not_unpacked(
     monkeypatch.setattr(manifest, "sources", lambda: {"dogs": entry})
     assert main(FETCH) == 2
     assert f"expected {'0' * 64}" in capsys.readouterr().err
-    assert list(downloading.fetched_folder("dogs").parent.iterdir()) == []
+    assert left_in(downloading.fetched_folder("dogs").parent) == ["images.lock"]
 
 
 def evil(**changes: Any) -> Callable[[tarfile.TarFile], None]:
@@ -252,7 +371,7 @@ def test_what_does_not_belong_there_is_refused(
     assert main(FETCH) == 2
     assert "was not unpacked" in capsys.readouterr().err
     left = [path.name for path in (tmp_path / "cache").rglob("*")]
-    assert sorted(left) == ["dogs", "images.tar.part", "sources"]
+    assert sorted(left) == ["dogs", "images.lock", "images.tar.part", "sources"]
 
 
 def test_mistakes_end_in_one_sentence(
