@@ -207,11 +207,12 @@ def launch(
         )
     require_some_workers(n_workers)
     if not isinstance(parameters, TrainingParameters):
-        for name in set(parameters or {}) & set(inspect.signature(launch).parameters):
-            raise ParameterError(
-                f"{name} is no parameter of the training, but an argument: "
-                f"launch(client, parameters, {name}=...)"
-            )
+        for name in inspect.signature(launch).parameters:
+            if isinstance(parameters, Mapping) and name in parameters:
+                raise ParameterError(
+                    f"{name} is no parameter of the training, but an argument: "
+                    f"launch(client, parameters, {name}=...)"
+                )
         parameters = TrainingParameters.from_mapping(parameters or {})
     parameters = parameters.replace(source=resolve_source(parameters.source))
     wait_for_workers(client, max(n_workers or 1, min_workers))
@@ -345,7 +346,7 @@ class _TrainingNanny(Nanny):
 
     Args:
         n_threads: of torch, in the worker.
-        gpus: from which each worker gets one; more workers than GPUs share them.
+        gpus: of which each worker sees one; more workers than GPUs share them.
         name: the number of the worker, which the cluster gives.
     """
 
@@ -368,8 +369,9 @@ class _TrainingNanny(Nanny):
             # When a rank is lost, torch prints a page of C++ frames on each of the others.
             "TORCH_CPP_LOG_LEVEL": "ERROR",
         }
-        if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = gpus[name % len(gpus)]
-        # What glibc and numpy read has to be there before the process is.
+        # What glibc and numpy read has to be there before the process is, which inherits it.
         self.pre_spawn_env.update(environment)
         self.env.update(environment)
+        if gpus:
+            # Not inherited, because this process may use another.
+            self.env["CUDA_VISIBLE_DEVICES"] = gpus[name % len(gpus)]

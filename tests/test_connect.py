@@ -26,29 +26,37 @@ from gan_lib.workers import find_places
 def settings() -> dict[str, Any]:
     """On a worker: what it was given to train well."""
     names = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "OMP_NUM_THREADS")
-    more = ("TOKIO_WORKER_THREADS", "TORCH_CPP_LOG_LEVEL")
+    more = ("TOKIO_WORKER_THREADS", "TORCH_CPP_LOG_LEVEL", "CUDA_VISIBLE_DEVICES")
     options = ("distributed.worker.profile.enabled", "distributed.admin.tick.interval")
     return {name: os.environ.get(name) for name in (*names, *more)} | {
         name: dask.config.get(name) for name in options
     }
 
 
-def test_workers_that_come_later_are_given_the_same(own_client: Client) -> None:
-    first, *others = own_client.run(settings).values()
-    assert others == [first]
-    assert first["MALLOC_TRIM_THRESHOLD_"] == str(2**30)
-    assert first["distributed.worker.profile.enabled"] is False
-    assert own_client.cluster is not None
-    victim = next(iter(own_client.run(os.getpid).values()))
-    os.kill(victim, signal.SIGKILL)
-    own_client.cluster.scale(3)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        found = own_client.run(lambda: (os.getpid(), settings()), on_error="ignore").values()
-        if len(found) == 3 and victim not in dict(found):
-            break
-        time.sleep(0.2)
-    assert [given for _, given in found] == [first] * 3
+def test_workers_that_come_later_are_given_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    client = start_cluster(1)
+    try:
+        ((victim, first),) = client.run(lambda: (os.getpid(), settings())).values()
+        assert first["MALLOC_TRIM_THRESHOLD_"] == str(2**30)
+        assert first["distributed.worker.profile.enabled"] is False
+        assert client.cluster is not None
+        os.kill(victim, signal.SIGKILL)
+        client.cluster.scale(3)
+        deadline = time.monotonic() + 60
+        found: dict[int, dict[str, Any]] = {}
+        while (len(found) < 3 or victim in found) and time.monotonic() < deadline:
+            time.sleep(0.2)
+            answers = client.run(lambda: (os.getpid(), settings()), on_error="ignore")
+            found = dict(answers.values())
+        # Each sees one GPU; all else is equal, and this process keeps its own.
+        assert sorted(given.pop("CUDA_VISIBLE_DEVICES") for given in found.values()) == list("335")
+        del first["CUDA_VISIBLE_DEVICES"]
+        assert list(found.values()) == [first] * 3
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
+    finally:
+        close_cluster(client)
 
 
 def test_only_who_started_a_cluster_may_use_it(client: Client) -> None:
