@@ -180,8 +180,10 @@ def _load(image: Image.Image) -> None:
     """
     is_cut = ";16" in str(getattr(image, "tile", "")) and image.mode[0] != "I"
     image.load()
-    if is_cut and (high := np.max(image.getextrema())) < 2**6:
-        raise ValueError(_unclear(f"are all below {256 * (high + 1)}", 65535))
+    if is_cut:
+        colours = np.reshape(image.getextrema(), (-1, 2))[: 1 if image.mode[0] == "L" else 3]
+        if (high := colours.max()) < 2**6:
+            raise ValueError(_unclear(f"are all below {256 * (high + 1)}", 65535))
 
 
 def _shrink(image: Image.Image, region: Box, image_size: int, channels: int) -> np.ndarray:

@@ -150,10 +150,12 @@ def test_where_nothing_says_what_is_white(form: str, image: Image.Image, said: s
         decode_image(encoded(image, form), 16, 3)
 
 
-def test_twelve_bits_in_the_sixteen_of_a_colour_png() -> None:
-    row = b"\0" + b"\x0f\xff" * 3 * 40
+@pytest.mark.parametrize(("kind", "rest"), [(2, b""), (6, b"\xff\xff"), (4, b"\xff\xff")])
+def test_twelve_bits_in_the_sixteen_of_a_png_of_several_channels(kind: int, rest: bytes) -> None:
+    # Colour, colour with alpha, grey with alpha.
+    pixel = b"\x0f\xff" * (1 if kind == 4 else 3) + rest
     with pytest.raises(ValueError, match="all below 4096, neither 0 to 255 nor 0 to 65535"):
-        decode_image(png(40, 30, 16, row * 30), 16, 3)
+        decode_image(png(40, 30, 16, (b"\0" + pixel * 40) * 30, kind), 16, 3)
 
 
 def test_a_transparent_value_of_sixteen_bits_is_white() -> None:

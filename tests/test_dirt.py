@@ -33,14 +33,14 @@ def red(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
     return Image.new("RGB", size, RED).convert(mode)
 
 
-def png(width: int, height: int, bits: int, data: bytes) -> bytes:
-    """An RGB PNG of that size, whatever its data are."""
+def png(width: int, height: int, bits: int, data: bytes, kind: int = 2) -> bytes:
+    """A PNG of that size and kind (2 is RGB), whatever its data are."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         checked = kind + data
         return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
 
-    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
     image = chunk(b"IDAT", zlib.compress(data))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + image + chunk(b"IEND", b"")
 

@@ -7,6 +7,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -103,6 +104,29 @@ def test_an_object_that_vanishes_is_skipped(
     assert [(url.rsplit("/", 1)[1], why) for url, why in found.skipped] == [
         ("a005.png", "vanished between listing and reading")
     ]
+
+
+def test_an_object_that_changes_is_tried_again_next_time(
+    proxy: FaultProxy, dogs: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, _ = dogs
+    prepare = partial(
+        prepare_images,
+        *(place, 16),
+        storage_options=options(proxy),
+        cache=str(tmp_path / "cache"),
+    )
+    with monkeypatch.context() as patch:
+        longer = b"0" * 10_000
+        after_listing(
+            patch, lambda: fsspec.filesystem("s3").pipe_file(f"{place}/a/a005.png", longer)
+        )
+        found = prepare()
+    assert [(url.rsplit("/", 1)[1], why) for url, why in found.skipped] == [
+        ("a005.png", "cannot be read: it was changed between listing and reading")
+    ]
+    # Listed as it is now, it is no image.
+    assert [why for _, why in prepare().skipped] == ["not an image"]
 
 
 def test_keys_that_expire_end_it_in_one_sentence(
