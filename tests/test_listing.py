@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -113,6 +114,13 @@ def test_images_replaced_in_memory_are_noticed(prepare: Any, tmp_path: Path) -> 
     assert levels(prepare(place)) == [10]
     store.pipe(f"{place}/a/0.bmp", colour(20))
     assert levels(prepare(place)) == [20]
+
+
+def test_images_replaced_in_an_archive_are_noticed(prepare: Any, tmp_path: Path) -> None:
+    for level in (10, 20):
+        with zipfile.ZipFile(tmp_path / "dogs.zip", "w") as archive:
+            archive.writestr("dogs/a/0.bmp", colour(level))
+        assert levels(prepare(f"zip://dogs::{tmp_path}/dogs.zip")) == [level]
 
 
 @pytest.mark.parametrize("silent", ["Last-Modified", "Content-Length"])
