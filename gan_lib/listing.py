@@ -43,9 +43,9 @@ _S3_PATIENCE = {"connect_timeout": 5, "read_timeout": 15}
 _NOT_MEANT = ("__MACOSX", "@eaDir")
 # What different file systems call the version of a file, the surest first.
 _STAMPS = (
-    *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "CRC", "sha", "checksum", "blob_id"),
-    *("LastModified", "last_modified", "Last-Modified", "updated", "mtime", "modify", "modified"),
-    *("modificationTime", "created"),
+    *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "CRC", "sha", "LastModified"),
+    *("last_modified", "Last-Modified", "updated", "mtime", "modify", "modificationTime"),
+    "created",
 )
 
 
@@ -318,32 +318,26 @@ def _find_files(
             raise not_there(source)
         # An object whose name ends with a slash marks a folder.
         infos = [i for path, i in found.items() if i["type"] == "file" and not path.endswith("/")]
-        told = list(pool.map(lambda info: _size_and_stamp(source, fs, info), infos))
-    files, skipped = [], []
-    for info, (size, stamp, why_not) in zip(infos, told, strict=True):
-        path = info["name"][len(root) + 1 :]
-        if why_not:
-            skipped.append((path, why_not))
-        else:
-            files.append((path, size, stamp))
-    return files, skipped
+        told = list(pool.map(lambda info: _file(source, fs, root, info), infos))
+    return [one for one in told if len(one) == 3], [one for one in told if len(one) == 2]
 
 
-def _size_and_stamp(
-    source: Source, fs: fsspec.AbstractFileSystem, info: Mapping[str, Any]
-) -> tuple[int, str, str]:
-    """Bytes and version of a listed file, or the reason why it cannot be used."""
+def _file(
+    source: Source, fs: fsspec.AbstractFileSystem, root: str, info: Mapping[str, Any]
+) -> _File | tuple[str, str]:
+    """A listed file; or its path and the reason why it cannot be used."""
+    path = info["name"][len(root) + 1 :]
     # A list of links, such as that of a web server, tells neither; its files do.
     if info.get("size") is None or not _stamp(info):
         try:
-            info = {**info, **fs.info(info["name"])}
+            info = fs.info(info["name"])
         # Each remote file system has exceptions of its own.
         except Exception as error:
-            return 0, "", f"cannot be read: {source.clean(error) or type(error).__name__}"
+            return path, f"cannot be read: {source.clean(error) or type(error).__name__}"
     if info.get("size") is None or not _stamp(info):
         # Read all the same it might fill the memory, and old pixels would pass for new ones.
-        return 0, "", "its size or its version is not told: copy it to a folder or a bucket"
-    return info["size"], _stamp(info), ""
+        return path, "its size or its version is not told: copy it to a folder or a bucket"
+    return path, info["size"], _stamp(info)
 
 
 def _stamp(info: Mapping[str, Any]) -> str:

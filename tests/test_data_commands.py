@@ -308,7 +308,6 @@ def test_a_fetch_interrupted_at_twenty_random_moments(
         else:
             assert server.ranges[asked:] == [f"bytes={size}-" if size else None]
         assert left_in(place) == ["Images", "images.lock"]
-        assert main(["data", "verify", "dogs"]) == 1  # of these there are more
         assert sum(path.is_file() for path in (place / "Images").rglob("*")) == 2_000
 
 
