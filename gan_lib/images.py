@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from gan_lib import manifest
 from gan_lib.embedded import package_images
@@ -348,6 +349,9 @@ def _make_shards(
 
 
 def _here(works: Sequence[Work], folder: Folder) -> _Made:
+    # Otherwise this and other threads import Pillow's plugins together, with the first image: an
+    # import that Ctrl-C interrupts may keep the lock of all imports, and the others wait for ever.
+    Image.init()
     for work in works:
         yield work, make_shard(work, folder.url)
 

@@ -139,7 +139,10 @@ def test_at_random_moments(
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
-        said, _ = process.communicate()
+        try:
+            said, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
         assert process.returncode or "end" in said, said
         wait_until(lambda session=process.pid: not left_running(session))
         done = len(list(cache.rglob("shard_*.json")))
