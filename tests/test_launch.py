@@ -120,7 +120,7 @@ def interrupt_a_launch(
         time.sleep(0.01)
     time.sleep(seconds or 0)
     process.send_signal(number)
-    launched = process.communicate(timeout=60)[0].endswith("launched\n")
+    launched = "launched\n" in process.communicate(timeout=60)[0]
     assert process.returncode != 0 or launched
     # A run that was reserved says how it ended; one that was not is not there.
     if seconds is not None and (place / "parameters.json").exists():
