@@ -6,13 +6,12 @@ carries `train_gan` to the workers and knows nothing of what it does there.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import dask
@@ -22,14 +21,7 @@ from distributed import Client, LocalCluster, Nanny, Security
 from distributed.client import ensure_default_client
 
 from gan_lib.batches import refuse_large_batches
-from gan_lib.errors import (
-    ClusterError,
-    ParameterError,
-    RunError,
-    SourceError,
-    UserError,
-    describe,
-)
+from gan_lib.errors import ClusterError, ParameterError, RunError, SourceError, describe
 from gan_lib.images import CacheNotSharedError, ImageSet, prepare_images
 from gan_lib.interrupts import exit_on_sigterm, interruptible
 from gan_lib.jobs import Job, Plan, end_jobs
@@ -37,11 +29,11 @@ from gan_lib.keeping import refuse_differences, refuse_other_images
 from gan_lib.listing import check_source, resolve_source
 from gan_lib.parameters import TrainingParameters
 from gan_lib.rank_group import RankGroup, start_ranks
-from gan_lib.reach import failures, marked, see, share
+from gan_lib.reach import failures, require_shared, see
 from gan_lib.results import PARAMETERS, create_run, new_run_url, open_run, refuse_taken
 from gan_lib.shards import INDEX
 from gan_lib.shipping import ship_package
-from gan_lib.storage import absolute, without_secrets
+from gan_lib.storage import absolute
 from gan_lib.training import train_gan
 from gan_lib.workers import find_places, in_thread, require_some_workers, wait_for_workers
 
@@ -222,11 +214,17 @@ def launch(
     # All that may be wrong is looked for before anything of the run is written.
     if resume:
         refuse_differences(url, open_run(url).parameters, parameters)
-        _require_shared(client, url, PARAMETERS)
     else:
         refuse_taken(url)
-        with _writable(url) as marker:
-            _require_shared(client, url, marker)
+    require_shared(
+        client,
+        url,
+        PARAMETERS if resume else "",
+        lambda why: RunError(
+            f"the run directory {url} cannot be used {why}. Give a place that workers and client "
+            "share and may write to, such as s3://bucket/run"
+        ),
+    )
     images = _prepare_on_workers(client, parameters)
     if images is not None and not resume:
         refuse_large_batches(images, parameters)
@@ -279,33 +277,6 @@ def run_ranks(
     ship_package(client)
     places = find_places(client, n_workers or 1, n_workers)
     return RankGroup(client, start_ranks(client, places, device, function, arguments)).result()
-
-
-@contextlib.contextmanager
-def _writable(url: str) -> Iterator[str]:
-    """As `marked`, in a folder that is not left behind. Raises RunError if it cannot be written."""
-    try:
-        with marked(url) as marker:
-            yield marker
-    except UserError:
-        raise
-    except Exception as error:
-        raise RunError(
-            f"the run directory {url} cannot be written: {without_secrets(describe(error))}. Check "
-            "the address and the keys (for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.rmdir(url)
-
-
-def _require_shared(client: Client, url: str, path: str) -> None:
-    """Raise RunError, naming a worker that does not see a file of a run, or cannot write there."""
-    for worker, why in failures(client, share, url, path).items():
-        raise RunError(
-            f"the worker {worker} cannot use the run directory {url}: {why}. Give a place that "
-            "workers and client share, such as s3://bucket/run"
-        )
 
 
 def _prepare_on_workers(client: Client, p: TrainingParameters) -> ImageSet | None:

@@ -360,7 +360,7 @@ def _on_workers(client: Client, works: Sequence[Work], folder: Folder) -> _Made:
     from distributed import as_completed
     from distributed.comm import get_address_host
 
-    from gan_lib.reach import failures, marked, share
+    from gan_lib.reach import failures, require_shared
     from gan_lib.shipping import ship_package
 
     if not works:
@@ -368,14 +368,15 @@ def _on_workers(client: Client, works: Sequence[Work], folder: Folder) -> _Made:
     ship_package(client)
     for worker, why in failures(client, look_at, works[0].source).items():
         raise SourceError(f"the worker {worker} cannot read the images: {why}")
-    with marked(folder.url) as marker:
-        without_cache = failures(client, share, folder.url, marker)
-    for worker, why in without_cache.items():
-        raise CacheNotSharedError(
-            f"the worker {worker} cannot use the cache: {why}. Name a place that all workers "
-            "reach, such as s3://bucket/cache, as cache= or in the environment variable "
-            "GAN_LIB_CACHE"
-        )
+    require_shared(
+        client,
+        folder.url,
+        "",
+        lambda why: CacheNotSharedError(
+            f"the cache cannot be used {why}. Name a place that all workers reach, such as "
+            "s3://bucket/cache, as cache= or in the environment variable GAN_LIB_CACHE"
+        ),
+    )
     keys = [f"prepare-{work.name}-{uuid.uuid4().hex}" for work in works]
     on_host: Counter[str] = Counter()
     for address, n_threads in client.nthreads().items():

@@ -16,7 +16,7 @@ from typing import Any
 from distributed import Client
 from s3fs import S3FileSystem
 
-from gan_lib.errors import describe
+from gan_lib.errors import UserError, describe
 from gan_lib.storage import Folder, without_secrets
 from gan_lib.workers import ask
 
@@ -30,15 +30,40 @@ def failures(client: Client, function: Callable[..., None], *arguments: Any) -> 
     return {worker: why for worker, why in said.items() if why}
 
 
+def require_shared(
+    client: Client, url: str, path: str, refusal: Callable[[str], UserError]
+) -> None:
+    """Find out whether this process and each worker read and write the same folder.
+
+    Args:
+        client: of the cluster.
+        url: of the folder.
+        path: a file that is there for the workers to see; empty puts one there meanwhile.
+        refusal: makes the error that is raised if they do not, of the reason.
+    """
+    try:
+        with contextlib.nullcontext(path) if path else _marked(url) as marker:
+            found = failures(client, share, url, marker)
+    except UserError:
+        raise
+    except Exception as error:
+        raise refusal(f"from here: {without_secrets(describe(error))}") from None
+    for worker, why in found.items():
+        raise refusal(f"from the worker {worker}: {why}")
+
+
 @contextlib.contextmanager
-def marked(url: str) -> Iterator[str]:
-    """A file in a folder for as long as the context lasts, for others to see."""
+def _marked(url: str) -> Iterator[str]:
+    """A file in a folder for as long as the context lasts; a new folder goes with it."""
     folder, marker = Folder(url), f"visible-{uuid.uuid4().hex}"
     folder.write(marker, b"")
     try:
         yield marker
     finally:
         folder.remove(marker)
+        if folder.is_local:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder.root)
 
 
 def see(url: str, path: str) -> None:
@@ -50,7 +75,7 @@ def see(url: str, path: str) -> None:
 def share(url: str, path: str) -> None:
     """As `see`, and raise what keeps this process from writing there."""
     see(url, path)
-    with marked(url):
+    with _marked(url):
         pass
 
 

@@ -87,8 +87,6 @@ def ship_package(client: Client, workers: Sequence[str] | None = None) -> None:
 
 
 def _upload(client: Client) -> None:
-    if _checksum() != _IMPORTED:
-        raise _changed()
     with tempfile.TemporaryDirectory() as folder:
         archive = os.path.join(folder, f"gan_lib_{package_checksum()[:8]}.zip")
         with zipfile.ZipFile(archive, "w") as file:
@@ -115,23 +113,19 @@ def _states(client: Client, workers: Sequence[str] | None) -> dict[str, list[str
     for place, answer in ask(client, question, workers or ()).items():
         if isinstance(answer, OSError):
             raise WorkerLostError(f"{place} does not answer: {describe(answer)}")
-        # Dask brings an error of a worker's imports as text.
-        if isinstance(answer, Exception) and "No module named 'gan_lib'" in str(answer):
-            states[place] = None
-        elif not isinstance(answer, Exception) and answer[0] == _IMPORTED:
+        if not isinstance(answer, Exception) and answer[0] == _IMPORTED:
             states[place] = answer[1]
         elif _checksum() != _IMPORTED:
-            raise _changed()
+            raise ClusterError(
+                "the files of gan_lib have changed since this process imported them, and workers "
+                "would run another version: restart the kernel, or the script, and its cluster"
+            )
+        # Dask brings an error of a worker's imports as text.
+        elif "No module named 'gan_lib'" in str(answer):
+            states[place] = None
         else:
             raise ClusterError(
                 f"{place} has another version of gan_lib, which others may be using: install this "
                 "one there, or start scheduler and workers again"
             )
     return states
-
-
-def _changed() -> ClusterError:
-    return ClusterError(
-        "the files of gan_lib have changed since this process imported them, and the workers run "
-        "another version, or would: restart the kernel, or the script, and its cluster"
-    )
