@@ -30,8 +30,8 @@ def stream_seed(seed: int, purpose: int, *position: int) -> int:
     return int(state[0])
 
 
-def refuse_large_batches(images: ImageSet, p: TrainingParameters) -> None:
-    """Raise ParameterError if there are too few images for one batch."""
+def require_batch(images: ImageSet, p: TrainingParameters) -> None:
+    """Raise ParameterError unless there are images for one batch."""
     if p.batch_size > len(images):
         raise ParameterError(
             f"batch_size is {p.batch_size}, and there are {len(images)} images: give at most so "

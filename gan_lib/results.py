@@ -133,7 +133,7 @@ def refuse_taken(url: str) -> None:
         return
     run = Run(url)
     made = run.epochs("records") or run.epochs("checkpoints")
-    if made or run.status().state not in ("failed", "interrupted"):
+    if made or run.status().state in ("waiting", "training"):
         raise _taken(url)
 
 

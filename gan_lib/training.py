@@ -21,15 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import gan_lib
-from gan_lib.batches import (
-    LATENTS,
-    SAMPLES,
-    WEIGHTS,
-    Batch,
-    Batches,
-    refuse_large_batches,
-    stream_seed,
-)
+from gan_lib.batches import LATENTS, SAMPLES, WEIGHTS, Batch, Batches, require_batch, stream_seed
 from gan_lib.datasets import dataset_images
 from gan_lib.errors import DivergenceError, ParameterError
 from gan_lib.images import ImageSet, prepare_images
@@ -434,7 +426,7 @@ def _end_epoch(
 
 def _check_images(images: ImageSet, p: TrainingParameters, resume: bool) -> None:
     if not resume:
-        refuse_large_batches(images, p)
+        require_batch(images, p)
     wanted = (p.image_size, p.image_size, p.channels)
     if images.pixels.shape[1:] != wanted:
         raise ParameterError(

@@ -68,7 +68,7 @@ def test_of_two_that_reserve_one_place_one_gets_it(
     ]  # fmt: skip
     try:
         assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 2
-        for n in range(30):
+        for n in range(8 if where == "store" else 20):
             place = f"{s3}/{time.time_ns()}" if where == "store" else str(tmp_path / str(n))
             if n % 2:
                 # A run that failed before it had made anything gives its place back, to one.
@@ -159,7 +159,7 @@ def test_a_launch_that_is_interrupted_at_any_moment(
         folder.mkdir()
         number = (signal.SIGINT, signal.SIGTERM)[n % 2]
         interrupt_a_launch(folder, number, p, random.uniform(0, 5))
-        made = (folder / "run" / "checkpoints").exists()
+        made = any((folder / "run" / kind).exists() for kind in ("records", "checkpoints"))
         job = launch(client, p, run=str(folder / "run"), resume=made)
         until_it_trains(job)
         job.stop(now=True)
@@ -180,9 +180,7 @@ def test_keys_that_the_workers_lack(
     with started(tmp_path, environment=dict.fromkeys(lacking)) as cluster:
         theirs = connect(cluster.address, 2)
         try:
-            lacks = (
-                r"the worker tcp://\S+ cannot .* lacks AWS_ACCESS_KEY_ID, AWS_SECRET_.*start the"
-            )
+            lacks = r"the worker tcp://\S+.* lacks AWS_ACCESS_KEY_ID, AWS_SECRET_.*start the"
             # Seen before anything is prepared or written.
             other = p.replace(image_size=32)
             with pytest.raises(SourceError, match=lacks):
@@ -243,7 +241,7 @@ def owner(place: str) -> str:
     return open_run(place).status().job.partition("-")[0]
 
 
-@pytest.mark.parametrize("rounds", [8, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [6, pytest.param(60, marks=pytest.mark.long)])
 def test_two_clusters_with_each_others_runs(
     rounds: int, tiny: TrainingParameters, s3: str, photographs: Path, tmp_path: Path
 ) -> None:
