@@ -30,9 +30,18 @@ def stream_seed(seed: int, purpose: int, *position: int) -> int:
     return int(state[0])
 
 
-def require_batch(images: ImageSet, p: TrainingParameters) -> None:
-    """Raise ParameterError unless there are images for one batch."""
-    if p.batch_size > len(images):
+def check_images(images: ImageSet, p: TrainingParameters, resume: bool = False) -> None:
+    """Raise ParameterError if images have another shape than asked for, or are no whole batch.
+
+    Runs of before may have been of fewer: `resume` lets them go on.
+    """
+    wanted = (p.image_size, p.image_size, p.channels)
+    if images.pixels.shape[1:] != wanted:
+        raise ParameterError(
+            f"the images are {images.pixels.shape[1:]}, but image_size and channels "
+            f"ask for {wanted}: prepare them with the same values"
+        )
+    if p.batch_size > len(images) and not resume:
         raise ParameterError(
             f"batch_size is {p.batch_size}, and there are {len(images)} images: give at most so "
             "many, or add images"

@@ -20,7 +20,7 @@ from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, Nanny, Security
 from distributed.client import ensure_default_client
 
-from gan_lib.batches import require_batch
+from gan_lib.batches import check_images
 from gan_lib.errors import ClusterError, ParameterError, RunError, SourceError, describe
 from gan_lib.images import CacheNotSharedError, ImageSet, prepare_images
 from gan_lib.interrupts import exit_on_sigterm, interruptible
@@ -226,10 +226,10 @@ def launch(
         ),
     )
     images = _prepare_on_workers(client, parameters)
-    if images is not None and not resume:
-        require_batch(images, parameters)
-    elif images is not None and not new_images:
-        refuse_other_images(url, images)
+    if images is not None:
+        check_images(images, parameters, resume)
+        if resume and not new_images:
+            refuse_other_images(url, images)
     prepared = images.prepared if images is not None else ""
     plan = Plan(
         parameters, function, n_workers, min_workers, max_restarts, grace, prepared, new_images

@@ -35,13 +35,7 @@ from distributed.comm import get_address_host
 from gan_lib.errors import ClusterError, WorkerLostError
 from gan_lib.ranks import ATTEMPT_VARIABLE, LEAVE
 from gan_lib.shipping import ship_package
-from gan_lib.workers import (
-    RANK_PREFIX,
-    SECONDS_OF_SILENCE,
-    Place,
-    Watch,
-    ask,
-)
+from gan_lib.workers import RANK_PREFIX, SECONDS_OF_SILENCE, Place, Watch, ask
 
 # How long the other ranks may take to notice that one has failed, and to end.
 SECONDS_TO_FAIL = 10

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import gan_lib
-from gan_lib.batches import LATENTS, SAMPLES, WEIGHTS, Batch, Batches, require_batch, stream_seed
+from gan_lib.batches import LATENTS, SAMPLES, WEIGHTS, Batch, Batches, check_images, stream_seed
 from gan_lib.datasets import dataset_images
-from gan_lib.errors import DivergenceError, ParameterError
+from gan_lib.errors import DivergenceError
 from gan_lib.images import ImageSet, prepare_images
 from gan_lib.interrupts import interruptible
 from gan_lib.keeping import Keeper, claim_run
@@ -128,7 +128,7 @@ def train_gan(
         )
     elif not isinstance(images, ImageSet):
         images = dataset_images(images, p.image_size, p.channels, p.crop)
-    _check_images(images, parameters, resume)
+    check_images(images, parameters, resume)
     checksum = images.checksum()
     ranks.require_equal("parameters and images", (parameters.to_dict(), checksum, resume))
     batches = Batches(images, parameters, ranks.rank, ranks.world_size, device)
@@ -422,17 +422,6 @@ def _end_epoch(
     if keeper is not None:
         keeper.keep_epoch(training.epoch, records, training.draw, training.state, last)
     return asked
-
-
-def _check_images(images: ImageSet, p: TrainingParameters, resume: bool) -> None:
-    if not resume:
-        require_batch(images, p)
-    wanted = (p.image_size, p.image_size, p.channels)
-    if images.pixels.shape[1:] != wanted:
-        raise ParameterError(
-            f"the images are {images.pixels.shape[1:]}, but image_size and channels "
-            f"ask for {wanted}: prepare them with the same values"
-        )
 
 
 def _describe(training: _Training, batches: Batches, images_sha256: str) -> dict[str, Any]:

@@ -133,7 +133,9 @@ def test_a_status_that_is_damaged_ends_a_training_in_one_sentence(
 ) -> None:
     class DamagesIt:
         def submit_result(self, path: str, data: str | bytes) -> None:
-            (tmp_path / "run/status.json").write_text("[]")
+            # Whole at once, or a reader may find it empty.
+            (tmp_path / "damaged").write_text("[]")
+            (tmp_path / "damaged").replace(tmp_path / "run/status.json")
 
     with pytest.raises(RunError, match=r"status.json is damaged: it is \[\]"):
         train_gan(tiny, run=str(tmp_path / "run"), results=DamagesIt())
