@@ -42,12 +42,7 @@ from gan_lib.shards import (
     read_index,
     shard_info,
 )
-from gan_lib.storage import (
-    Folder,
-    absolute,
-    cache_home,
-    prepared_cache,
-)
+from gan_lib.storage import Folder, absolute, cache_home, prepared_cache
 
 if TYPE_CHECKING:
     from distributed import Client
