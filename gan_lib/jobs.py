@@ -102,6 +102,9 @@ class Job:
         self._results: list[Any] = []
         self._error: BaseException | None = None
         self._ended = threading.Event()
+        # What this process writes last of a job is that it parts from it.
+        self._saying = threading.RLock()
+        self._parted = False
         self._has_begun = threading.Event()
         self._writer.set_status("waiting", job=self._name)
         if resume:
@@ -191,17 +194,23 @@ class Job:
         return attempt
 
     def _say(self, state: str, attempt: str = "", **details: Any) -> None:
-        """Write what the job does. Raises RunError if another one goes on with the run by now."""
-        if not self._has_the_run():
-            raise RunError(f"another job goes on with {self.run.url}: this one ends here")
-        job = attempt or self.run.status().job
-        self._writer.set_status(state, job=job, restarts=self.restarts, **details)
+        """Write what the job does.
+
+        Raises:
+            RunError: if another one goes on with the run by now, or nobody watches over this one.
+        """
+        with self._saying:
+            if self._parted or not self._has_the_run():
+                raise RunError(f"another job goes on with {self.run.url}: this one ends here")
+            job = attempt or self.run.status().job
+            self._writer.set_status(state, job=job, restarts=self.restarts, **details)
 
     def _part(self) -> None:
         """Say that nobody watches over this job any more, if it has not ended."""
-        with contextlib.suppress(Exception):
+        with self._saying, contextlib.suppress(Exception):
             if not self.done() and self.run.status().state in ("waiting", "training"):
                 self._say("interrupted")
+        self._parted = True
 
     def _supervise(self, places: list[Place], resume: bool) -> None:
         try:

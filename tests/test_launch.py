@@ -15,6 +15,7 @@ import pytest
 from distributed import Client
 from foreign import started
 
+from gan_lib import jobs
 from gan_lib.cluster import close_cluster, connect, launch, start_cluster
 from gan_lib.errors import RunError, SourceError, UserError
 from gan_lib.jobs import Job
@@ -164,6 +165,22 @@ def test_a_launch_that_is_interrupted_at_any_moment(
         until_it_trains(job)
         job.stop(now=True)
         assert job.result(timeout=60)[0].stopped
+
+
+def test_a_job_that_was_parted_from_is_not_started_again(
+    own_client: Client, tiny: TrainingParameters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "SECONDS_TO_PART", 0.0)
+    job = launch(own_client, tiny.replace(epochs=100_000))
+    until_it_trains(job)
+    workers = own_client.run(os.getpid).values()
+    job.abandon()
+    # As a cluster does that ends with its process.
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(RunError, match="this one ends here"):
+        job.result(timeout=60)
+    assert job.run.status().state == "interrupted"
 
 
 def test_keys_that_the_workers_lack(
