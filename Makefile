@@ -46,5 +46,5 @@ $(READY): requirements.lock pyproject.toml
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes -r requirements.lock
 	@$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
 # Python compiles what is imported, here and not in every process of the first run.
-	@PYTHONDONTWRITEBYTECODE= $(PY) -c "import gan_lib.cluster, gan_lib.notebooks, ipykernel.kernelapp, s3fs, tensorboard.summary.writer.record_writer, torch.utils.data, dask_pytorch_ddp.dispatch, distributed.nanny"
+	@PYTHONDONTWRITEBYTECODE= $(PY) -c "import gan_lib.jobs.launching, gan_lib.cli.notebooks, ipykernel.kernelapp, s3fs, tensorboard.summary.writer.record_writer, torch.utils.data, dask_pytorch_ddp.dispatch, distributed.nanny"
 	@touch $(READY)

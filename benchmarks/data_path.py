@@ -37,13 +37,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from tqdm import tqdm
 
-from gan_lib.batches import Batches
-from gan_lib.cluster import close_cluster, start_cluster
-from gan_lib.decoding import FORMATS
-from gan_lib.images import ImageSet, prepare_images
+from gan_lib.cluster.starting import close_cluster, start_cluster
+from gan_lib.data.batches import Batches
+from gan_lib.data.decoding import FORMATS
+from gan_lib.data.images import ImageSet, prepare_images
 from gan_lib.parameters import TrainingParameters
-from gan_lib.practice import make_photographs
-from gan_lib.s3_server import serve_s3
+from gan_lib.practice.photographs import make_photographs
+from gan_lib.practice.s3_server import serve_s3
 
 IMAGE_SIZE = 64
 BATCH_SIZE = 64
@@ -197,7 +197,7 @@ def many(n: int) -> None:
 
 
 def _import_what_preparing_needs() -> None:
-    import gan_lib.cluster  # noqa: F401
+    pass
 
 
 def _peak_memory() -> float:

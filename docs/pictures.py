@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gan_lib import plots
-from gan_lib.images import evenly_spread, prepare_images
-from gan_lib.results import open_run
+from gan_lib.data.images import evenly_spread, prepare_images
+from gan_lib.results import plots
+from gan_lib.results.run import open_run
 
 HERE = Path(__file__).parent
 FRAMES = 24

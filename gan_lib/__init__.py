@@ -1,38 +1,56 @@
-"""Parallel GAN training on a Dask cluster, in pieces small enough to read.
+"""Parallel GAN training on a Dask cluster, in rooms small enough to read.
 
-The way through: parameters and manifest -> images -> batches -> training
-(models) -> results -> plots; `cluster` carries `training` to the workers.
+From the top; each imports only those below it:
+
+    cli         what can be done from a shell
+    jobs        a training left alone on a cluster
+    training    one rank's work
+    results     what comes back
+    gan         the two networks, and what a step teaches them
+    practice    things to try it on
+    data        files -> arrays -> batches
+    cluster     Dask: started or joined
+    sources     places, and the bytes that lie there
+    parameters  what a run is told
+    base        errors, folders, progress, seeds
 
     from gan_lib import TrainingParameters, launch, open_run, start_cluster
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import importlib
-from typing import Any
+from gan_lib.base.lazy import lazily
+
+if TYPE_CHECKING:
+    from gan_lib.cluster.starting import close_cluster as close_cluster
+    from gan_lib.cluster.starting import connect as connect
+    from gan_lib.cluster.starting import start_cluster as start_cluster
+    from gan_lib.data.images import prepare_images as prepare_images
+    from gan_lib.gan.models import Discriminator as Discriminator
+    from gan_lib.gan.models import Generator as Generator
+    from gan_lib.jobs.launching import launch as launch
+    from gan_lib.jobs.launching import run_ranks as run_ranks
+    from gan_lib.jobs.results_handler import DaskResultsHandler as DaskResultsHandler
+    from gan_lib.parameters import TrainingParameters as TrainingParameters
+    from gan_lib.results.run import open_run as open_run
+    from gan_lib.training.loop import train_gan as train_gan
 
 __version__ = "0.1.0"
 
-# What most programs need, by the module that holds it. Imported when it is asked for:
-# a check of parameters need not wait for torch, nor a training on one machine for Dask.
-_HOME = {
-    "TrainingParameters": "parameters",
-    "prepare_images": "images",
-    "Generator": "models",
-    "Discriminator": "models",
-    "train_gan": "training",
-    "start_cluster": "cluster",
-    "connect": "cluster",
-    "close_cluster": "cluster",
-    "launch": "cluster",
-    "run_ranks": "cluster",
-    "open_run": "results",
-    "DaskResultsHandler": "results_handler",
-}
-__all__ = [*_HOME]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__, __dir__, __all__ = lazily(
+    __name__,
+    {
+        "TrainingParameters": "parameters",
+        "prepare_images": "data.images",
+        "Generator": "gan.models",
+        "Discriminator": "gan.models",
+        "train_gan": "training.loop",
+        "start_cluster": "cluster.starting",
+        "connect": "cluster.starting",
+        "close_cluster": "cluster.starting",
+        "launch": "jobs.launching",
+        "run_ranks": "jobs.launching",
+        "open_run": "results.run",
+        "DaskResultsHandler": "jobs.results_handler",
+    },
+)

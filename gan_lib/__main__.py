@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gan_lib import profiles
-from gan_lib.data_commands import add_commands
-from gan_lib.errors import NotebookError, UserError
-from gan_lib.interrupts import interruptible
+from gan_lib.base.errors import NotebookError, UserError
+from gan_lib.base.interrupts import interruptible
+from gan_lib.cli import profiles
+from gan_lib.cli.data_commands import add_commands
 
 
 @interruptible()
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         profile = profiles.read_profile(options.profile)
         values = profiles.series_values(names, profile, dict(options.parameter))
         # Only now: a mistake should not have to wait for torch to be imported.
-        from gan_lib.notebooks import run_notebooks
+        from gan_lib.cli.notebooks import run_notebooks
 
         done = run_notebooks(names, values, Path(options.profile).stem, options.out)
     except NotebookError as error:

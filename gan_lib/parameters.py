@@ -8,14 +8,13 @@ profile, JSON and the Dask cluster.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
 from typing import Any
 
-from gan_lib.errors import ParameterError
-from gan_lib.storage import refuse_credentials
+from gan_lib.base.checks import check_type, refuse_unknown_names, require_choice, require_range
+from gan_lib.base.errors import ParameterError
+from gan_lib.base.storage import refuse_credentials
 
 IMAGE_SIZES = (16, 32, 64, 128, 256)
 CROPS = ("center", "squash", "box")
@@ -176,61 +175,3 @@ class TrainingParameters:
         """A copy with some values changed, checked like any other."""
         refuse_unknown_names(changes, self.names())
         return replace(self, **changes)
-
-
-def refuse_unknown_names(given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ParameterError for the first name that is not known, with the nearest that is."""
-    known = list(known)
-    for name in given:
-        if name not in known:
-            near = get_close_matches(str(name), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known)}"
-            raise ParameterError(f"there is no parameter {name!r}: {hint}")
-
-
-def check_type(name: str, expected: type, value: Any) -> Any:
-    """Return `value` as `expected` (int, float, bool or str), widening only an int to a float.
-
-    Raises:
-        ParameterError: if the value has another type, or is a float that is not finite.
-    """
-    # bool is a subclass of int in Python, so `batch_size=True` would pass an isinstance check.
-    if type(value) is expected:
-        result = value
-    elif expected is float and type(value) is int:
-        result = float(value)
-    else:
-        a = "an" if expected is int else "a"
-        hint = ""
-        if expected is float and isinstance(value, str) and _reads_as_float(value):
-            # YAML 1.1 reads 2e-4 as text: it wants a dot, 2.0e-4.
-            hint = f"; in YAML write it as {float(value)}"
-        raise ParameterError(
-            f"{name} is {value!r} ({type(value).__name__}), expected {a} {expected.__name__}{hint}"
-        )
-    if expected is float and not math.isfinite(result):
-        raise ParameterError(f"{name} is {result}, expected a finite number")
-    return result
-
-
-def _reads_as_float(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Raise ParameterError unless the value is one of the choices."""
-    if value not in choices:
-        raise ParameterError(
-            f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}"
-        )
-
-
-def require_range(name: str, value: float, low: float, high: float | None) -> None:
-    """Raise ParameterError unless the value is from `low` to `high`; None is no upper end."""
-    if high is None and value < low:
-        raise ParameterError(f"{name} is {value}, expected {low} or more")
-    if high is not None and not low <= value <= high:
-        raise ParameterError(f"{name} is {value}, expected a value from {low} to {high}")

@@ -14,11 +14,11 @@ import pytest
 import torch
 from distributed import Client
 
-from gan_lib import results
-from gan_lib.cluster import close_cluster, start_cluster
-from gan_lib.images import ImageSet, prepare_images
+from gan_lib.cluster.starting import close_cluster, start_cluster
+from gan_lib.data.images import ImageSet, prepare_images
 from gan_lib.parameters import TrainingParameters
-from gan_lib.s3_server import serve_s3
+from gan_lib.practice.s3_server import serve_s3
+from gan_lib.results import run as results
 
 # Lines in place of bars: the tests' output is a log.
 os.environ["GAN_LIB_HEADLESS"] = "1"
@@ -91,7 +91,7 @@ def killed_writer() -> Callable[[Path, str], Path]:
     """Kills a process while it writes a file into a folder; returns what it leaves there."""
     code = """
 import os, signal, sys
-from gan_lib.storage import Folder
+from gan_lib.base import Folder
 
 os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
 Folder(sys.argv[1]).write(sys.argv[2], b"never put in place")

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from gan_lib.batches import Batches, denormalise, epoch_shares, jitter_colours, normalise
-from gan_lib.errors import ParameterError
-from gan_lib.images import ImageSet
-from gan_lib.models import Generator, render
+from gan_lib.base.errors import ParameterError
+from gan_lib.data.batches import Batches, epoch_shares
+from gan_lib.data.images import ImageSet
+from gan_lib.data.pixels import denormalise, jitter_colours, normalise
+from gan_lib.gan.models import Generator, render
 from gan_lib.parameters import TrainingParameters
 
 

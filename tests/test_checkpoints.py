@@ -13,17 +13,17 @@ import pytest
 import torch
 from distributed import Client
 
-from gan_lib import keeping
-from gan_lib.checkpoints import Checkpoints, DamagedCheckpointError, Position
-from gan_lib.cluster import launch, run_ranks
-from gan_lib.errors import DivergenceError, ParameterError, ReplicaError, RunError
-from gan_lib.jobs import worth_a_retry
-from gan_lib.keeping import BackgroundWriter, Keeper
+from gan_lib.base.errors import DivergenceError, ParameterError, ReplicaError, RunError
+from gan_lib.base.storage import Folder
+from gan_lib.jobs.job import worth_a_retry
+from gan_lib.jobs.launching import launch, run_ranks
 from gan_lib.parameters import TrainingParameters
-from gan_lib.ranks import Ranks
-from gan_lib.results import RunWriter, open_run
-from gan_lib.storage import Folder
-from gan_lib.training import train_gan
+from gan_lib.results.checkpoints import Checkpoints, DamagedCheckpointError, Position
+from gan_lib.results.run import RunWriter, open_run
+from gan_lib.training import keeping
+from gan_lib.training.keeping import BackgroundWriter, Keeper
+from gan_lib.training.loop import train_gan
+from gan_lib.training.ranks import Ranks
 
 
 def damage(path: Path) -> None:
@@ -135,17 +135,17 @@ def test_stopping_two_ranks_at_once_and_going_on(
 def test_weights_that_are_not_finite_are_not_kept(
     tmp_path: Path, tiny: TrainingParameters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gan_lib.training import _Training
+    from gan_lib.training.loop import Training
 
-    average = _Training.average_statistics
+    average = Training.average_statistics
 
-    def break_a_weight(self: _Training) -> None:
+    def break_a_weight(self: Training) -> None:
         average(self)
         if self.epoch == 2:
             with torch.no_grad():
                 next(self.g.parameters())[0] = float("nan")
 
-    monkeypatch.setattr(_Training, "average_statistics", break_a_weight)
+    monkeypatch.setattr(Training, "average_statistics", break_a_weight)
     with pytest.raises(DivergenceError, match=r"layers\.0\.weight of the generator"):
         train_gan(tiny.replace(checkpoint_every=1), run=str(tmp_path))
     assert sorted(open_run(str(tmp_path)).checkpoints()) == [1, 2]

@@ -16,15 +16,16 @@ from dask_pytorch_ddp import dispatch
 from distributed import Client
 from foreign import foreign_cluster
 
-from gan_lib.cluster import close_cluster, connect, launch, run_ranks
-from gan_lib.cluster import start_cluster as start
-from gan_lib.errors import ClusterError, ParameterError, RunError, SourceError
+from gan_lib.base.checkout import CHECKOUT
+from gan_lib.base.errors import ClusterError, ParameterError, RunError, SourceError
+from gan_lib.cluster.shipping import package_checksum
+from gan_lib.cluster.starting import close_cluster, connect
+from gan_lib.cluster.starting import start_cluster as start
+from gan_lib.jobs.launching import launch, run_ranks
+from gan_lib.jobs.rank_group import _work_as_rank, pick_gpus
 from gan_lib.parameters import TrainingParameters
-from gan_lib.profiles import CHECKOUT
-from gan_lib.rank_group import _work_as_rank, pick_gpus
-from gan_lib.results import open_run
-from gan_lib.shipping import package_checksum
-from gan_lib.training import train_gan
+from gan_lib.results.run import open_run
+from gan_lib.training.loop import train_gan
 
 
 def test_launch_trains_equal_replicas(
@@ -288,13 +289,13 @@ import gan_lib
 from gan_lib.cluster import close_cluster, run_ranks, start_cluster
 
 if __name__ == "__main__":
-    file = pathlib.Path(gan_lib.__path__[0], "steps.py")
+    file = pathlib.Path(gan_lib.__path__[0], "gan", "steps.py")
     file.write_text(file.read_text() + "# changed\\n")
     client = start_cluster(1, device="cpu")
     for _ in range(2):
         try:
             run_ranks(client, int)
-        except gan_lib.errors.ClusterError as error:
+        except gan_lib.base.errors.ClusterError as error:
             print(error)
     close_cluster(client)
 """

@@ -14,13 +14,16 @@ import pytest
 from distributed import Client, LocalCluster, Security
 from foreign import started
 
-from gan_lib import cluster, workers
-from gan_lib.cluster import close_cluster, connect, launch, run_ranks, start_cluster
-from gan_lib.errors import ClusterError
+from gan_lib.base.checkout import CHECKOUT
+from gan_lib.base.errors import ClusterError
+from gan_lib.cli.profiles import check_parameters
+from gan_lib.cluster import starting as cluster
+from gan_lib.cluster import workers
+from gan_lib.cluster.starting import close_cluster, connect, start_cluster
+from gan_lib.cluster.workers import find_places
+from gan_lib.jobs.launching import launch, run_ranks
+from gan_lib.jobs.rank_group import start_ranks
 from gan_lib.parameters import TrainingParameters
-from gan_lib.profiles import CHECKOUT, check_parameters
-from gan_lib.rank_group import start_ranks
-from gan_lib.workers import find_places
 
 
 def settings() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from gan_lib.profiles import CHECKOUT
+from gan_lib.base.checkout import CHECKOUT
 
 # Under its main guard: a worker imports it.
 TRAIN = """
@@ -21,9 +21,9 @@ import importlib, pkgutil, sys
 import gan_lib
 
 if __name__ == "__main__":
-    for module in pkgutil.iter_modules(gan_lib.__path__):
-        if module.name not in ("__main__", "notebooks"):
-            importlib.import_module(f"gan_lib.{module.name}")
+    for module in pkgutil.walk_packages(gan_lib.__path__, "gan_lib."):
+        if module.name not in ("gan_lib.__main__", "gan_lib.cli.notebooks"):
+            importlib.import_module(module.name)
     told = {"image_size": 16, "channels": 1, "max_images": 64, "nz": 16, "ngf": 8, "ndf": 8,
             "batch_size": 32, "epochs": 1, "device": "cpu"}
     print(gan_lib.train_gan(told, run=f"{sys.argv[1]}/alone").epochs)

@@ -24,9 +24,9 @@ import jsonschema
 import pytest
 from test_shards import make_folder
 
-from gan_lib import downloading, manifest
 from gan_lib.__main__ import main
-from gan_lib.listing import find_source
+from gan_lib.sources import downloading, manifest
+from gan_lib.sources.listing import find_source
 
 SCHEMA = json.loads(Path(__file__).parents[1].joinpath("data_manifest.schema.json").read_text())
 
@@ -141,7 +141,7 @@ FETCH = ["data", "fetch", "dogs", "--archive", "images"]
 # The command in a process of its own, with the manifest of the test.
 COMMAND = """
 import json, sys
-from gan_lib import manifest
+from gan_lib.sources import manifest
 entry = json.loads(sys.argv.pop(1))
 manifest.sources = lambda: {"dogs": entry}
 from gan_lib.__main__ import main

@@ -19,12 +19,12 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from uploading import upload
 
-from gan_lib.cluster import launch
-from gan_lib.datasets import dataset_images
-from gan_lib.errors import ParameterError, RunError, SourceError
-from gan_lib.images import ImageSet, prepare_images
+from gan_lib.base.errors import ParameterError, RunError, SourceError
+from gan_lib.data.datasets import dataset_images
+from gan_lib.data.images import ImageSet, prepare_images
+from gan_lib.jobs.launching import launch
 from gan_lib.parameters import TrainingParameters
-from gan_lib.training import TrainingResult, train_gan
+from gan_lib.training.loop import TrainingResult, train_gan
 
 AS_TENSOR = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
 

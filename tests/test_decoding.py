@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from test_dirt import encoded, png
 
-from gan_lib import decoding
-from gan_lib.decoding import decode_image, fit_image, read_boxes
+from gan_lib.data import decoding
+from gan_lib.data.decoding import decode_image, fit_image, read_boxes
 
 RED, GREEN, BLUE, YELLOW = (220, 40, 30), (30, 200, 40), (20, 40, 220), (240, 240, 30)
 # The colours of the corners as they lie in the file, in reading order, once it is turned.
@@ -237,7 +237,7 @@ def test_a_small_file_does_not_fill_the_memory(form: str, tmp_path: Path) -> Non
     del image
     code = """
 import resource, sys
-from gan_lib.decoding import decode_image
+from gan_lib.data.decoding import decode_image
 
 def peak():
     unit = 1 if sys.platform == "darwin" else 1024

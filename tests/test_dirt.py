@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 from uploading import upload
 
-from gan_lib.decoding import decode_image
-from gan_lib.errors import ParameterError, SourceError
-from gan_lib.images import ImageSet, SkippedFilesWarning, prepare_images
+from gan_lib.base.errors import ParameterError, SourceError
+from gan_lib.data.decoding import decode_image
+from gan_lib.data.images import ImageSet, SkippedFilesWarning, prepare_images
 
 RED, GREY = (220, 40, 30), 128
 SIZE = 16

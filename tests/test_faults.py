@@ -21,13 +21,14 @@ from distributed import Client, Worker
 from foreign import foreign_cluster
 from PIL import Image
 
-from gan_lib.checkpoints import Checkpoints
-from gan_lib.cluster import close_cluster, connect, launch, start_cluster
-from gan_lib.errors import RunError, WorkerLostError
-from gan_lib.jobs import Job
+from gan_lib.base.errors import RunError, WorkerLostError
+from gan_lib.base.storage import Folder
+from gan_lib.cluster.starting import close_cluster, connect, start_cluster
+from gan_lib.jobs.job import Job
+from gan_lib.jobs.launching import launch
 from gan_lib.parameters import TrainingParameters
-from gan_lib.results import Run, open_run
-from gan_lib.storage import Folder
+from gan_lib.results.checkpoints import Checkpoints
+from gan_lib.results.run import Run, open_run
 
 ENDLESS = 1_000_000
 

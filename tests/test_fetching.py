@@ -13,9 +13,9 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from test_shards import make_folder
 
-from gan_lib import fetching
-from gan_lib.fetching import AHEAD, Unread, fetch_files
-from gan_lib.listing import Source
+from gan_lib.sources import fetching
+from gan_lib.sources.fetching import AHEAD, Unread, fetch_files
+from gan_lib.sources.listing import Source
 
 N, SIZE = 3 * AHEAD + 1, 3
 
@@ -129,7 +129,7 @@ def test_a_process_uses_the_cores_that_it_is_given(tmp_path: Path) -> None:
 import os, sys, threading
 
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
-from gan_lib.images import prepare_images
+from gan_lib.data import prepare_images
 
 prepare_images(sys.argv[1], 16, cache=sys.argv[2], progress=False)
 names = [thread.name for thread in threading.enumerate()]

@@ -10,14 +10,15 @@ from obstore.store import MemoryStore
 from PIL import Image
 from uploading import upload
 
-from gan_lib import decoding, embedded, listing, manifest
-from gan_lib.decoding import decode_image
-from gan_lib.errors import ParameterError, SourceError
-from gan_lib.images import prepare_images
-from gan_lib.listing import check_source
-from gan_lib.object_store import list_objects
-from gan_lib.practice import make_photographs
-from gan_lib.s3_server import serve_s3
+from gan_lib.base.errors import ParameterError, SourceError
+from gan_lib.data import decoding
+from gan_lib.data.checking import check_source
+from gan_lib.data.decoding import decode_image
+from gan_lib.data.images import prepare_images
+from gan_lib.practice.photographs import make_photographs
+from gan_lib.practice.s3_server import serve_s3
+from gan_lib.sources import embedded, listing, manifest
+from gan_lib.sources.object_store import list_objects
 
 BOX = (60.0, 50.0, 260.0, 310.0)
 

@@ -14,9 +14,9 @@ import nbformat
 import psutil
 import pytest
 
-from gan_lib.errors import RunError
-from gan_lib.profiles import CHECKOUT
-from gan_lib.results import open_run
+from gan_lib.base.checkout import CHECKOUT
+from gan_lib.base.errors import RunError
+from gan_lib.results.run import open_run
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 

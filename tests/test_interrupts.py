@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gan_lib.interrupts import interruptible
+from gan_lib.base.interrupts import interruptible
 from gan_lib.parameters import TrainingParameters
-from gan_lib.results import open_run
-from gan_lib.training import train_gan
+from gan_lib.results.run import open_run
+from gan_lib.training.loop import train_gan
 
 ENDLESS = 1_000_000
 SIGNALS = [signal.SIGINT, signal.SIGTERM]

@@ -15,15 +15,16 @@ import pytest
 from distributed import Client
 from foreign import started
 
-from gan_lib import jobs
-from gan_lib.cluster import close_cluster, connect, launch, start_cluster
-from gan_lib.errors import RunError, SourceError, UserError
-from gan_lib.jobs import Job
-from gan_lib.listing import check_source
+from gan_lib.base.errors import RunError, SourceError, UserError
+from gan_lib.base.storage import Folder
+from gan_lib.cluster.starting import close_cluster, connect, start_cluster
+from gan_lib.data.checking import check_source
+from gan_lib.jobs import job as jobs
+from gan_lib.jobs.job import Job
+from gan_lib.jobs.launching import launch
 from gan_lib.parameters import TrainingParameters
-from gan_lib.practice import make_photographs
-from gan_lib.results import RunWriter, create_run, open_run
-from gan_lib.storage import Folder
+from gan_lib.practice.photographs import make_photographs
+from gan_lib.results.run import RunWriter, create_run, open_run
 
 
 def until_it_trains(job: Job) -> None:
@@ -43,7 +44,7 @@ def content(url: str) -> dict[str, bytes]:
 RACE = """
 import sys
 from gan_lib import TrainingParameters
-from gan_lib.errors import RunError
+from gan_lib.base.errors import RunError
 from gan_lib.results import create_run
 
 print("ready", flush=True)

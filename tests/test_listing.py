@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 from test_dirt import encoded
 
-from gan_lib import fetching, listing
-from gan_lib.errors import SourceError
-from gan_lib.images import prepare_images
+from gan_lib.base.errors import SourceError
+from gan_lib.data.images import prepare_images
+from gan_lib.sources import fetching, listing
 
 
 class WebServer:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from gan_lib.models import (
+from gan_lib.gan.models import (
     Discriminator,
     Generator,
     count_parameters,

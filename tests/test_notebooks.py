@@ -21,14 +21,13 @@ from distributed import Client
 from foreign import started
 from uploading import upload
 
-from gan_lib import notebooks
 from gan_lib.__main__ import main
-from gan_lib.errors import NotebookError, ParameterError
-from gan_lib.notebooks import Executed, run_notebooks
-from gan_lib.parameters import TrainingParameters
-from gan_lib.practice import make_photographs
-from gan_lib.profiles import (
-    CHECKOUT,
+from gan_lib.base.checkout import CHECKOUT
+from gan_lib.base.errors import NotebookError, ParameterError
+from gan_lib.base.progress import parse_progress
+from gan_lib.cli import notebooks
+from gan_lib.cli.notebooks import Executed, run_notebooks
+from gan_lib.cli.profiles import (
     FOLDER,
     PROFILES,
     check_parameters,
@@ -38,9 +37,10 @@ from gan_lib.profiles import (
     read_profile,
     series_values,
 )
-from gan_lib.progress import parse_progress
-from gan_lib.results import create_run, open_run
-from gan_lib.training import train_gan
+from gan_lib.parameters import TrainingParameters
+from gan_lib.practice.photographs import make_photographs
+from gan_lib.results.run import create_run, open_run
+from gan_lib.training.loop import train_gan
 
 NAMES = ["01_data", "02_models", "03_parameters", "04_distributed_training", "05_results"]
 
@@ -135,7 +135,7 @@ def test_every_training_parameter_can_be_set_where_training_happens() -> None:
 @pytest.mark.parametrize("profile", sorted(path.stem for path in PROFILES.glob("*.yaml")))
 def test_profiles_fit_the_notebooks(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Names, types and values; whether a public bucket answers is not this project's to test.
-    monkeypatch.setattr("gan_lib.profiles.check_source", lambda source: None)
+    monkeypatch.setattr("gan_lib.cli.profiles.check_source", lambda source: None)
     check_parameters(NAMES, read_profile(profile))
 
 
@@ -334,7 +334,7 @@ def test_a_failing_cell_is_named_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
         metadata={"language_info": {"name": "python"}},
     )
     nbformat.write(notebook, tmp_path / "01_broken.ipynb")
-    monkeypatch.setattr("gan_lib.profiles.FOLDER", tmp_path)
+    monkeypatch.setattr("gan_lib.cli.profiles.FOLDER", tmp_path)
     with pytest.raises(NotebookError, match=r"01_broken, cell 4 \(`wrong = 1 / seed`\)") as caught:
         run_notebooks(["01_broken"], {"seed": 0}, "broken", folder=str(tmp_path / "out"))
     assert "ZeroDivisionError: division by zero" in str(caught.value)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from gan_lib.errors import ParameterError
+from gan_lib.base.errors import ParameterError
 from gan_lib.parameters import TrainingParameters
 
 

@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from gan_lib import plots
-from gan_lib.batches import epoch_shares
-from gan_lib.images import ImageSet
+from gan_lib.data.batches import epoch_shares
+from gan_lib.data.images import ImageSet
 from gan_lib.parameters import TrainingParameters
-from gan_lib.results import Run, open_run
-from gan_lib.training import train_gan
+from gan_lib.results import plots
+from gan_lib.results.run import Run, open_run
+from gan_lib.training.loop import train_gan
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_animation_of_the_samples(run: Run) -> None:
 
 
 def test_walk_begins_and_ends_at_latent_vectors(run: Run) -> None:
-    from gan_lib.models import latent_vectors, render
+    from gan_lib.gan.models import latent_vectors, render
 
     generator = run.generator()
     way = plots.latent_walk(generator, stops=3, steps=4, seed=1)

@@ -23,16 +23,16 @@ from distributed import Client, Worker
 from fault_proxy import fault_proxy
 from PIL import Image
 
-from gan_lib import images, shards
-from gan_lib.images import open_prepared, prepare_images
-from gan_lib.shards import INDEX, Work
+from gan_lib.data import images, shards
+from gan_lib.data.images import open_prepared, prepare_images
+from gan_lib.data.shards import INDEX, Work
 
 N = 200
 # What is interrupted; the cluster is there before and closed after, as in a script of a user.
 PREPARE = """
 import sys
-from gan_lib import shards
-from gan_lib.images import prepare_images
+from gan_lib.data import shards
+from gan_lib.data import prepare_images
 
 if __name__ == "__main__":
     source, cache, where = sys.argv[1:]
@@ -183,8 +183,8 @@ def test_the_tasks_of_a_cluster_are_cancelled(
 
 WAIT_FOR_A_STORE = """
 import sys
-from gan_lib import fetching
-from gan_lib.images import prepare_images
+from gan_lib.sources import fetching
+from gan_lib.data import prepare_images
 
 fetching.PAUSES = (600,)
 prepare_images(sys.argv[1], 16, storage_options={"endpoint_url": sys.argv[2]}, cache=sys.argv[3])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gan_lib.progress import ProgressBar, time_left
+from gan_lib.base.progress import ProgressBar, time_left
 
 
 @pytest.mark.parametrize(

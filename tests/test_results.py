@@ -16,22 +16,15 @@ from dask_pytorch_ddp import dispatch
 from distributed import Client, get_client
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gan_lib.cluster import launch
-from gan_lib.errors import RunError
-from gan_lib.models import render
+from gan_lib.base.errors import RunError
+from gan_lib.gan.models import render
+from gan_lib.jobs.launching import launch
+from gan_lib.jobs.results_handler import DaskResultsHandler
 from gan_lib.parameters import TrainingParameters
-from gan_lib.pictures import image_grid
-from gan_lib.practice import make_photographs
-from gan_lib.results import (
-    LOSSES,
-    Run,
-    RunStatus,
-    RunWriter,
-    create_run,
-    open_run,
-)
-from gan_lib.results_handler import DaskResultsHandler
-from gan_lib.training import train_gan
+from gan_lib.practice.photographs import make_photographs
+from gan_lib.results.pictures import image_grid
+from gan_lib.results.run import LOSSES, Run, RunStatus, RunWriter, create_run, open_run
+from gan_lib.training.loop import train_gan
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +46,8 @@ def test_records_have_every_loss_of_every_iteration(run: Run) -> None:
 def test_samples_are_the_same_latent_vectors_every_time(run: Run) -> None:
     samples = run.samples()
     assert {picture.shape for picture in samples.values()} == {(64, 64, 1)}
-    from gan_lib.batches import SAMPLES, stream_seed
-    from gan_lib.models import latent_vectors
+    from gan_lib.base.seeds import SAMPLES, stream_seed
+    from gan_lib.gan.models import latent_vectors
 
     z = latent_vectors(16, run.parameters.nz, stream_seed(run.parameters.seed, SAMPLES))
     np.testing.assert_array_equal(samples[4], image_grid(render(run.generator(4), z)))
@@ -216,7 +209,7 @@ def test_a_source_in_the_words_of_somebody_else_is_said_again(
 
 
 def test_latest_is_the_newest(tiny: TrainingParameters, tmp_path: Path) -> None:
-    from gan_lib import results
+    from gan_lib.results import run as results
 
     for name in ("a", "c", "b"):
         create_run(f"{results.RUNS}/{name}", tiny)
@@ -235,7 +228,7 @@ def test_files_are_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_a_run_on_s3(client: Client, tiny: TrainingParameters, s3: str, tmp_path: Path) -> None:
-    from gan_lib.cluster import close_cluster, start_cluster
+    from gan_lib.cluster.starting import close_cluster, start_cluster
 
     # Workers that were started after the server's address was put into the environment.
     with_s3 = start_cluster(2, device="cpu")

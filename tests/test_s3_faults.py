@@ -20,9 +20,10 @@ from fault_proxy import FaultProxy, fault_proxy
 from test_shards import ANNOTATION, make_folder
 from uploading import upload
 
-from gan_lib import fetching, images, object_store, shards
-from gan_lib.errors import SourceError
-from gan_lib.images import SkippedFilesWarning, prepare_images
+from gan_lib.base.errors import SourceError
+from gan_lib.data import images, shards
+from gan_lib.data.images import SkippedFilesWarning, prepare_images
+from gan_lib.sources import fetching, object_store
 
 
 @pytest.fixture

@@ -23,13 +23,18 @@ from distributed import Client
 from PIL import Image
 from uploading import upload
 
-from gan_lib import images as images_module
-from gan_lib import shards
-from gan_lib.decoding import decode_image, read_boxes
-from gan_lib.errors import SourceError
-from gan_lib.images import CacheNotSharedError, SkippedFilesWarning, open_prepared, prepare_images
-from gan_lib.shards import INDEX, cut_into_shards
-from gan_lib.storage import Folder
+from gan_lib.base.errors import SourceError
+from gan_lib.base.storage import Folder
+from gan_lib.data import images as images_module
+from gan_lib.data import shards
+from gan_lib.data.decoding import decode_image, read_boxes
+from gan_lib.data.images import (
+    CacheNotSharedError,
+    SkippedFilesWarning,
+    open_prepared,
+    prepare_images,
+)
+from gan_lib.data.shards import INDEX, cut_into_shards
 
 ANNOTATION = """<annotation><object><name>dog</name><bndbox>
 <xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object></annotation>"""
@@ -145,7 +150,7 @@ def test_damaged_pixels_are_made_again(tmp_path: Path, cache: str, damage: str) 
 def test_two_processes_at_once(tmp_path: Path, cache: str) -> None:
     folder = make_folder(tmp_path / "dogs")
     code = (
-        "import sys; from gan_lib.images import prepare_images; "
+        "import sys; from gan_lib.data.images import prepare_images; "
         "print(prepare_images(sys.argv[1], 16, cache=sys.argv[2], progress=False).checksum())"
     )
     command = [sys.executable, "-c", code, str(folder), cache]
@@ -321,7 +326,7 @@ def test_as_many_images_as_were_asked_for(tmp_path: Path, cache: str) -> None:
 
 
 def test_shards_do_not_depend_on_who_makes_them(tmp_path: Path) -> None:
-    from gan_lib.listing import find_source, list_files
+    from gan_lib.sources.listing import find_source, list_files
 
     files = list_files(find_source(str(make_folder(tmp_path / "dogs", n=50))))
     works = cut_into_shards(files, 16, 3, "center")

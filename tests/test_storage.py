@@ -12,13 +12,13 @@ import fsspec
 import pytest
 from PIL import Image
 
-from gan_lib.errors import ParameterError
-from gan_lib.images import prepare_images
-from gan_lib.listing import check_source
+from gan_lib.base.errors import ParameterError
+from gan_lib.base.storage import Folder, refuse_credentials, without_secrets
+from gan_lib.data.checking import check_source
+from gan_lib.data.images import prepare_images
+from gan_lib.data.shards import open_pixels, read_index
 from gan_lib.parameters import TrainingParameters
-from gan_lib.results import open_run
-from gan_lib.shards import open_pixels, read_index
-from gan_lib.storage import Folder, refuse_credentials, without_secrets
+from gan_lib.results.run import open_run
 
 SECRET = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
 
@@ -97,7 +97,7 @@ def test_a_credential_in_the_cache_variable_is_refused(
         with pytest.raises(ParameterError, match=r"GAN_LIB_CACHE is an address that holds a cred"):
             call()
     # All else goes on.
-    code = "import gan_lib.images, gan_lib.data_commands"
+    code = "import gan_lib.data.images, gan_lib.cli.data_commands"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

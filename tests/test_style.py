@@ -13,7 +13,7 @@ import nbformat
 import pytest
 import yaml
 
-from gan_lib.profiles import CHECKOUT
+from gan_lib.base.checkout import CHECKOUT
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -35,7 +35,7 @@ def test_code_is_formatted() -> None:
 def test_public_things_have_docstrings_and_types() -> None:
     import ast
 
-    for path in (CHECKOUT / "gan_lib").glob("*.py"):
+    for path in (CHECKOUT / "gan_lib").rglob("*.py"):
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), path
         for node in ast.walk(tree):
@@ -44,7 +44,7 @@ def test_public_things_have_docstrings_and_types() -> None:
                 assert node.returns is not None, where
                 own = [a for a in node.args.args + node.args.kwonlyargs if a.arg != "self"]
                 assert all(a.annotation or a.arg == "cls" for a in own), where
-    for path in (CHECKOUT / "gan_lib").glob("*.py"):
+    for path in (CHECKOUT / "gan_lib").rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{path.name}: {node.name}"
@@ -102,13 +102,13 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 def test_pillow_opens_only_formats_that_are_named() -> None:
-    for path in [*(CHECKOUT / "gan_lib").glob("*.py"), *(CHECKOUT / "benchmarks").glob("*.py")]:
+    for path in [*(CHECKOUT / "gan_lib").rglob("*.py"), *(CHECKOUT / "benchmarks").glob("*.py")]:
         for call in re.findall(r"Image\.open\(.*", path.read_text()):
             assert "formats=" in call, path
 
 
 def test_a_module_can_be_read_at_one_sitting() -> None:
-    for path in (CHECKOUT / "gan_lib").glob("*.py"):
+    for path in (CHECKOUT / "gan_lib").rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 450, path
 
 

@@ -10,16 +10,16 @@ from distributed import Client
 from PIL import Image
 from torch import nn
 
-from gan_lib import keeping, ranks
-from gan_lib.cluster import run_ranks
-from gan_lib.errors import DivergenceError, ParameterError, RunError
-from gan_lib.images import ImageSet, prepare_images
-from gan_lib.models import Discriminator, Generator, latent_vectors
+from gan_lib.base.errors import DivergenceError, ParameterError, RunError
+from gan_lib.data.images import ImageSet, prepare_images
+from gan_lib.gan.models import Discriminator, Generator, latent_vectors
+from gan_lib.gan.steps import discriminator_step, gan_loss, generator_step
+from gan_lib.jobs.launching import run_ranks
 from gan_lib.parameters import TrainingParameters
-from gan_lib.ranks import distribute, speed_of_bfloat16
-from gan_lib.results import open_run
-from gan_lib.steps import discriminator_step, gan_loss, generator_step
-from gan_lib.training import train_gan
+from gan_lib.results.run import open_run
+from gan_lib.training import keeping, ranks
+from gan_lib.training.loop import train_gan
+from gan_lib.training.ranks import distribute, speed_of_bfloat16
 
 
 def test_records_say_how_long_a_step_waits_for_data(

@@ -1,0 +1,355 @@
+"""A folder here or in an object store, whose files are each written whole or not at all.
+
+A run directory and a cache of prepared images are such folders: a reader never
+sees half a file there. What a killed writer leaves has a name that nobody reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import platform
+import re
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import quote
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from gan_lib.base.errors import ParameterError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two processes may do the same work twice
+    fcntl = None  # type: ignore[assignment]
+
+# Where prepared images go unless the caller says otherwise: a path, or the URL of a `Folder`.
+CACHE_VARIABLE = "GAN_LIB_CACHE"
+# Part of the name of a file that is being written.
+_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:12]
+# Stores that show an object only once it is complete. Others write in place, where a reader
+# would see half a file.
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
+# What the query of an address may hold without being asked. Any other may be a credential, and
+# those have too many names to list: key, sig, code, jwt, ...
+_HARMLESS_IN_QUERY = ("dir", "folder", "path", "prefix", "page", "format", "ref", "region",
+                      "version", "versionid")  # fmt: skip
+# Options of file systems that may be shown; the other texts among them may give access.
+_HARMLESS_OPTIONS = ("endpoint_url", "region", "region_name", "account_name", "account_host",
+                     "container_name", "project", "profile", "host", "protocol", "target_protocol",
+                     "signature_version", "addressing_style")  # fmt: skip
+# Variables of the environment from which file systems take what gives access.
+_SECRET_VARIABLE = re.compile(r"^(AWS|AZURE)_.*(KEY|SECRET|TOKEN|PASSWORD|CONNECTION)")
+
+
+def is_remote(url: str) -> bool:
+    """Whether this is a URL, not a path on this machine."""
+    return "://" in url or "::" in url
+
+
+def absolute(url: str) -> str:
+    """The place as another process can name it: a path on this machine in full."""
+    return url if is_remote(url) else str(Path(url).expanduser().resolve())
+
+
+def local_cache() -> str:
+    """The folder on this machine for what can be made or fetched again."""
+    named = os.environ.get(CACHE_VARIABLE, "")
+    if named and not is_remote(named):
+        return absolute(named)
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return absolute(os.path.join(base, "gan_lib"))
+
+
+def cache_home() -> str:
+    """The folder, here or elsewhere, for what many machines may share.
+
+    Raises:
+        ParameterError: if GAN_LIB_CACHE holds a credential.
+    """
+    home = os.environ.get(CACHE_VARIABLE) or local_cache()
+    refuse_credentials(CACHE_VARIABLE, home)
+    return absolute(home)
+
+
+def prepared_cache() -> str:
+    """The folder, here or elsewhere, for prepared images; raises as `cache_home`."""
+    return f"{cache_home()}/prepared"
+
+
+def refuse_credentials(name: str, url: str) -> None:
+    """An address is written to logs and parameters.json, so it must not hold a password or a key.
+
+    Raises:
+        ParameterError: that does not repeat it.
+    """
+    if is_remote(url) and any(map(_may_hold_credential, url.split("::"))):
+        raise ParameterError(
+            f"{name} is an address that holds a credential (a password, or something behind ? or "
+            "# that may be one), and addresses are written to logs and files: give it through the "
+            "environment (for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), fsspec's "
+            "configuration, or storage_options"
+        )
+
+
+def _may_hold_credential(part: str) -> bool:
+    """Whether one part of a chain of addresses does."""
+    *before, rest = part.split("://", 1)
+    protocol = "".join(before).lower()
+    place, _, fragment = rest.partition("#")
+    place, _, query = place.partition("?")
+    # A secret may hold any character, a slash, say: what comes before the last @ counts. But
+    # `host:8080/a@b` is a port and a path, and in `github://owner:repository@branch` is no secret.
+    user, at, _ = rest.rpartition("@")
+    with_port = protocol not in OBJECT_STORES and re.match(r"[^/@]*:\d{1,5}(/|$)", rest)
+    password = bool(at) and ":" in user.partition("/")[0] and not with_port
+    # A name alone is a token for a web server, and elsewhere no more than a name: Azure's
+    # `abfss://container@account`, say.
+    name_alone = protocol in ("http", "https", "") and "@" in place.partition("/")[0]
+    told = re.split("[&;]", f"{query}&{fragment}" if "=" in fragment else query)
+    unknown = any(x and x.partition("=")[0].lower() not in _HARMLESS_IN_QUERY for x in told)
+    return (password and protocol != "github") or name_alone or unknown
+
+
+def without_secrets(text: str, options: Mapping[str, Any] | None = None) -> str:
+    """`text` without any value of `options`, fsspec's configuration or the environment that may
+    give access."""
+    secrets = {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
+    secrets.update(_texts([options or {}, fsspec.config.conf]))
+    # Errors show a part of a connection string, a token without "Bearer", or either in an address.
+    for secret in tuple(secrets):
+        parts = re.split(r"[\s;&]+", secret)
+        secrets.update(parts, (part.partition("=")[2] for part in parts))
+    secrets.update([quote(secret, safe="") for secret in secrets])
+    for secret in sorted(secrets, key=len, reverse=True):
+        # Anything shorter is no secret, and may be a part of every other word.
+        if len(secret) >= 6:
+            text = text.replace(secret, "***")
+    return text
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in options of a file system, however deep, but for known harmless ones."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            if name not in _HARMLESS_OPTIONS:
+                yield from _texts(inner)
+    elif isinstance(value, Sequence):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def open_to_append(path: str) -> BinaryIO:
+    """Open a file to write at its end, and make it if it is not there.
+
+    In a folder that many may write to, somebody may have put a link there: it is not followed.
+
+    Raises:
+        OSError: if it is a link, or cannot be written.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    return os.fdopen(os.open(path, flags, 0o666), "ab")
+
+
+class Folder:
+    """Reads and writes the files of one folder, each whole.
+
+    Args:
+        url: a path, or an address in an object store.
+
+    Raises:
+        ParameterError: if the address holds a credential, or leads to a store in which files
+            are not written whole.
+    """
+
+    def __init__(self, url: str) -> None:
+        refuse_credentials("the place of a run or a cache", url)
+        protocol, _ = fsspec.core.split_protocol(url)
+        known = (None, "file", "local", "memory", *OBJECT_STORES)
+        if protocol not in known or "::" in url:
+            raise ParameterError(
+                f"{url} is no place for a run or a cache, because not every store puts a file in "
+                "place only when it is whole: give a folder of this machine, or an address that "
+                f"begins with {'://, '.join(OBJECT_STORES)}://"
+            )
+        self.url = url
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(url)
+        except ImportError as error:
+            raise ParameterError(f"{url} cannot be opened here: {error}") from None
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+
+    def make_private(self) -> None:
+        """Make it, if it is not there, for this user alone; one that is there stays as it is.
+
+        A cache shows what private folders hold, and one that others have made may be shared.
+        """
+        if self.is_local:
+            os.makedirs(self.root, mode=0o700, exist_ok=True)
+
+    def write(
+        self, path: str, data: bytes | Iterable[bytes | memoryview], durable: bool = True
+    ) -> None:
+        """Put a file in place, replacing an older one of that name.
+
+        Args:
+            path: below the folder.
+            data: its whole content, or the parts of it one after the other.
+            durable: wait until it would survive a loss of power.
+        """
+        target = f"{self.root}/{path}"
+        parts = [data] if isinstance(data, bytes) else data
+        if not self.is_local:
+            # An object store shows an object only once it is complete.
+            self.fs.pipe_file(target, b"".join(parts))
+            return
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        aside = f"{target}.{_MACHINE}.{uuid.uuid4().hex}.part"
+        try:
+            with open(aside, "xb") as file:
+                file.writelines(parts)
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            os.replace(aside, target)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(aside)
+
+    def remove_unfinished(self, *patterns: str) -> None:
+        """Delete what writers that were killed have left of these files.
+
+        Only for files that nobody else can be writing now: it would be deleted under their hands.
+
+        Args:
+            patterns: paths below the folder; `*` stands for anything in a name.
+        """
+        if self.is_local:
+            for pattern in patterns:
+                for left in Path(self.root).glob(f"{pattern}.*{'[0-9a-f]' * 32}.part"):
+                    left.unlink(missing_ok=True)
+
+    def read(self, path: str) -> bytes:
+        """The content of a file.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+        """
+        return self.fs.cat_file(f"{self.root}/{path}")
+
+    def read_all(self, paths: Sequence[str]) -> list[bytes]:
+        """The contents of many files, read at the same time where that is faster.
+
+        Raises:
+            FileNotFoundError: if one is not there; its `filename` is the path.
+        """
+        found = self.fs.cat_ranges(
+            [f"{self.root}/{path}" for path in paths], None, None, on_error="return"
+        )
+        for path, content in zip(paths, found, strict=True):
+            if isinstance(content, FileNotFoundError):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+            if isinstance(content, Exception):
+                raise content
+        return found
+
+    def names(self, path: str) -> list[str]:
+        """The names of the files in a folder below; none if it is not there."""
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.ls(f"{self.root}/{path}", detail=False)
+        except FileNotFoundError:
+            return []
+        return [os.path.basename(name) for name in found]
+
+    def size(self, path: str) -> int | None:
+        """Bytes of a file; None if it is not there."""
+        self.fs.invalidate_cache()
+        try:
+            return self.fs.size(f"{self.root}/{path}")
+        except FileNotFoundError:
+            return None
+
+    def exists(self, path: str) -> bool:
+        """Whether the file is there now."""
+        self.fs.invalidate_cache()
+        return self.fs.exists(f"{self.root}/{path}")
+
+    def is_mine(self, path: str) -> bool:
+        """Whether a file lies on this machine and belongs to this user."""
+        user = getattr(os, "geteuid", lambda: 0)()  # on Windows all belong to 0
+        return self.is_local and os.stat(f"{self.root}/{path}").st_uid == user
+
+    def remove(self, path: str) -> None:
+        """Delete a file, if it is there."""
+        target = f"{self.root}/{path}"
+        if self.fs.exists(target):
+            self.fs.rm(target)
+
+    @contextlib.contextmanager
+    def alone(self, path: str) -> Iterator[None]:
+        """One process at a time, on all machines, for what takes seconds; others are refused.
+
+        Few stores create a file only if there is none. So each says first that it wants to, by
+        a file of its own: who then sees another steps back, but the first of them, which waits.
+
+        Args:
+            path: of the file, right in the folder, that is to be created.
+
+        Raises:
+            FileExistsError: if another process was there first.
+        """
+        name = f"{path}.{time.time():.6f}.{uuid.uuid4().hex}.claim"
+        self.write(name, b"", durable=False)
+        try:
+            while others := self._claims(path) - {name}:
+                if min(others) < name:
+                    raise FileExistsError(f"another process is creating {self.url}/{path}")
+                time.sleep(0.05)
+            yield
+        finally:
+            self.remove(name)
+
+    def _claims(self, path: str) -> set[str]:
+        # Who was killed inside of it is forgotten after a minute.
+        pattern = re.compile(rf"{re.escape(path)}\.(\d+\.\d+)\..*\.claim")
+        found = map(pattern.fullmatch, self.names(""))
+        return {claim[0] for claim in found if claim and time.time() - float(claim[1]) < 60}
+
+    @contextlib.contextmanager
+    def locked(self, path: str, *patterns: str, waiting: str = "") -> Iterator[None]:
+        """One process at a time, on this machine; elsewhere nothing is locked.
+
+        The lock of a process that dies is free at once.
+
+        Args:
+            path: of the lock, below the folder.
+            patterns: files that are only written under this lock, as in `remove_unfinished`,
+                which is done first for what this machine has written: another may not see the
+                lock, and still write.
+            waiting: is printed if another process has the lock.
+        """
+        if not self.is_local or fcntl is None:
+            yield
+            return
+        target = f"{self.root}/{path}"
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with open_to_append(target) as file:
+            # Some network file systems lock nothing; then the same work may be done twice.
+            with contextlib.suppress(OSError):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if waiting:
+                        print(waiting, flush=True)
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                self.remove_unfinished(*(f"{pattern}.{_MACHINE}" for pattern in patterns))
+            yield

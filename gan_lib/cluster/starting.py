@@ -1,0 +1,184 @@
+"""A Dask cluster: started on this machine for one's own use, or joined where it runs already."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import dask
+import torch
+from dask.system import CPU_COUNT
+from distributed import Client, LocalCluster, Nanny, Security
+from distributed.client import ensure_default_client
+
+from gan_lib.base.errors import ClusterError, describe
+from gan_lib.cluster.shipping import ship_package
+from gan_lib.cluster.workers import in_thread, require_some_workers, wait_for_workers
+
+LOOPBACK = "127.0.0.1"
+SECONDS_TO_CONNECT = 5
+# What has to end before a client is closed: the jobs that run on its cluster, say.
+BEFORE_CLOSING: list[Callable[[Client], None]] = []
+
+
+def start_cluster(n_workers: int | None = None, device: str = "auto") -> Client:
+    """Start a Dask cluster of processes on this machine, for this client alone.
+
+    Scheduler and workers listen on loopback and speak TLS, with certificates that only they and
+    this process hold: whoever could send them work could do it as the user who started them.
+    That covers what goes through Dask. The ranks of a training talk among themselves (gloo,
+    NCCL) on loopback too, unencrypted, and Dask's dashboard shows itself to all on this machine.
+
+    Args:
+        n_workers: one rank will run on each; None takes one per GPU, or one per CPU core.
+        device: "auto" uses the GPUs if there are any; "cpu" or "cuda" insist.
+
+    Returns:
+        A client; `close_cluster` ends the cluster with it.
+
+    Raises:
+        ClusterError: if "cuda" is wanted without a GPU, `n_workers` is below 1, or workers end
+            before they have started.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        # A worker imports the script that starts it, and has come to this line of it. Without a
+        # word: there are many of them, and the process that waits for them tells it once.
+        sys.exit(1)
+    require_some_workers(n_workers)
+    n_gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if device == "cuda" and n_gpus == 0:
+        raise ClusterError("device is 'cuda', but this machine shows no GPU: use 'auto' or 'cpu'")
+    n_workers = n_workers or n_gpus or CPU_COUNT
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))
+    try:
+        cluster = LocalCluster(
+            n_workers=n_workers,
+            threads_per_worker=1,
+            host=LOOPBACK,
+            dashboard_address=f"{LOOPBACK}:0",
+            security=Security.temporary(),
+            # A rank holds its images in memory; Dask would pause it as if it were a leak.
+            memory_limit=0,
+            worker_class=_TrainingNanny,
+            n_threads=max(1, CPU_COUNT // n_workers),
+            gpus=shown.split(",")[:n_gpus],
+        )
+    except RuntimeError as error:
+        raise ClusterError(
+            f"the workers did not start ({error.__cause__ or error}): in a script, put this under "
+            '`if __name__ == "__main__":`, because a worker begins by importing the script; '
+            "anywhere else, see what they have printed"
+        ) from None
+    # Others may shrink and grow by rules of their own, and belong to whoever made them.
+    cluster.made_by_gan_lib = True
+    return Client(cluster)
+
+
+def connect(address: str, n_workers: int = 1, security: Security | None = None) -> Client:
+    """Connect to a Dask scheduler that is already running, and has workers.
+
+    Args:
+        address: for example "tcp://10.0.0.1:8786", or "tls://..." for one that encrypts.
+        n_workers: there must be at least so many; those that are starting are waited for.
+        security: certificates, for "tls://"; None takes those of Dask's configuration
+            (`distributed.comm.tls`). They cover what goes through Dask; the ranks of a training
+            talk among themselves (gloo, NCCL) unencrypted.
+
+    Raises:
+        ClusterError: if nothing answers there, certificates are missing or do not fit, or there
+            are too few workers, or workers that cannot do what training needs.
+    """
+    require_some_workers(n_workers)
+    try:
+        # Dask waits for ever for what listens and is no scheduler, such as a dashboard: then
+        # nobody should get that client by default, either.
+        client = in_thread(
+            lambda: Client(
+                address, timeout=SECONDS_TO_CONNECT, security=security, set_as_default=False
+            )
+        ).result(2 * SECONDS_TO_CONNECT)
+    except TypeError as error:
+        if "ssl_context" not in str(error):
+            raise
+        raise ClusterError(
+            f"the scheduler at {address} wants certificates, and there are none: give "
+            "connect(address, security=distributed.Security(tls_ca_file=..., tls_client_cert=..., "
+            "tls_client_key=...)), or set distributed.comm.tls in Dask's configuration"
+        ) from None
+    except (OSError, TimeoutError, ValueError, RuntimeError) as error:
+        raise ClusterError(
+            f"no Dask scheduler answers at {address!r} ({describe(error)}): check the address that "
+            "`dask scheduler` printed (tls:// where it encrypts), the certificates, and that this "
+            "machine may reach it"
+        ) from error
+    try:
+        wait_for_workers(client, n_workers)
+        ship_package(client)
+    except BaseException:
+        client.close()
+        raise
+    ensure_default_client(client)
+    return client
+
+
+def close_cluster(client: Client) -> None:
+    """Close a client, and the cluster too if `start_cluster` made it."""
+    for end in BEFORE_CLOSING:
+        end(client)
+    cluster = client.cluster
+    client.close()
+    if getattr(cluster, "made_by_gan_lib", False):
+        cluster.close()
+
+
+# glibc gives freed memory back above this many bytes, and Dask's nanny sets 64 KiB so that
+# workers look small. A training step frees and takes the same hundred megabytes each time,
+# and spent a quarter of its time in page faults: let it keep them.
+_KEEP_MEMORY = str(2**30)
+
+
+_WORKER_CONFIG = {
+    # Dask looks at what its tasks do 100 times a second, and at its event loop 50 times,
+    # in the process that is to train: 3 % of a core, and half a per cent without.
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "500ms",
+}
+
+
+class _TrainingNanny(Nanny):
+    """Starts a worker that trains well next to others, also one that comes or is replaced later.
+
+    Args:
+        n_threads: of torch, in the worker.
+        gpus: of which each worker sees one; more workers than GPUs share them.
+        name: the number of the worker, which the cluster gives.
+    """
+
+    def __init__(
+        self, *arguments: Any, n_threads: int, gpus: Sequence[str], name: int, **named: Any
+    ) -> None:
+        preload = [
+            *dask.config.get("distributed.worker.preload"),
+            # Ctrl-C in a terminal or a notebook reaches the workers too, and would end them.
+            "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)",
+        ]
+        super().__init__(*arguments, name=name, config=_WORKER_CONFIG, preload=preload, **named)
+        environment = {
+            "MALLOC_TRIM_THRESHOLD_": _KEEP_MEMORY,
+            "MALLOC_MMAP_THRESHOLD_": _KEEP_MEMORY,
+            # Ranks share the cores: torch would start a thread per core in each of them.
+            "OMP_NUM_THREADS": str(n_threads),
+            # One thread of obstore waits for all requests; two also wake each other.
+            "TOKIO_WORKER_THREADS": "1",
+            # When a rank is lost, torch prints a page of C++ frames on each of the others.
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+        }
+        # What glibc and numpy read has to be there before the process is, which inherits it.
+        self.pre_spawn_env.update(environment)
+        self.env.update(environment)
+        if gpus:
+            # Not inherited, because this process may use another.
+            self.env["CUDA_VISIBLE_DEVICES"] = gpus[name % len(gpus)]

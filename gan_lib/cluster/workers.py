@@ -1,0 +1,236 @@
+"""The workers of a Dask cluster: which there are, which answer, which are free for a rank.
+
+Also imported on the scheduler, so it needs nothing but Dask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from distributed import Client, Scheduler
+from distributed.comm import get_address_host
+
+from gan_lib.base.errors import ClusterError, WorkerLostError
+
+_T = TypeVar("_T")
+
+SECONDS_TO_WAIT_FOR_WORKERS = 10
+# A worker reports every half second; one that says nothing for so long hangs, or is cut off.
+SECONDS_OF_SILENCE = 10.0
+# What any question to the cluster may take, and how long a worker may be silent over it: the
+# first one has it import torch, from a cold disk, and it reports nothing meanwhile.
+SECONDS_TO_ANSWER, SECONDS_TO_THINK = 180.0, 60.0
+# The keys of the tasks that are ranks begin with it.
+RANK_PREFIX = "rank-"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank goes: a worker, its machine, and its number on that machine."""
+
+    worker: str
+    host: str
+    local_rank: int
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What the scheduler knows of a worker.
+
+    Attributes:
+        last_seen: the scheduler's time when it last reported.
+        busy: whether it is a rank, or is about to be one.
+    """
+
+    last_seen: float
+    busy: bool
+
+
+def _signs(dask_scheduler: Scheduler) -> dict[str, Sign]:
+    return {
+        address: Sign(
+            worker.last_seen,
+            any(str(task.key).startswith(RANK_PREFIX) for task in worker.processing),
+        )
+        for address, worker in dask_scheduler.workers.items()
+    }
+
+
+class Watch:
+    """Looks after the workers of a cluster, for as long as somebody asks.
+
+    Args:
+        client: of the cluster.
+        patience: seconds of silence after which a worker counts no more as alive.
+    """
+
+    def __init__(self, client: Client, patience: float = SECONDS_OF_SILENCE) -> None:
+        self._client = client
+        self._patience = patience
+        self._ended: set[str] = set()
+        # By worker: when it was last seen, by the scheduler's clock, and since when that has not
+        # changed, by ours, which stands still while a laptop sleeps.
+        self._seen: dict[str, tuple[float, float]] = {}
+
+    def alive(self) -> dict[str, Sign]:
+        """The workers that report.
+
+        Raises:
+            WorkerLostError: if the scheduler does not answer.
+        """
+        signs = ask(self._client, lambda: self._client.run_on_scheduler(_signs))
+        now = time.monotonic()
+        old = self._seen
+        self._seen = {
+            worker: old[worker]
+            if worker in old and old[worker][0] == sign.last_seen
+            else (sign.last_seen, now)
+            for worker, sign in signs.items()
+        }
+        return {worker: sign for worker, sign in signs.items() if not self._silent(worker)}
+
+    def end_hanging(self, workers: Iterable[str]) -> set[str]:
+        """Have those of these workers restarted that were silent for too long at the last look.
+
+        Returns:
+            The workers that this has been done to, now or before: it is done once.
+        """
+        hanging = {w for w in workers if w in self._seen and self._silent(w)} - self._ended
+        if hanging:
+            self._ended |= hanging
+            _restart(self._client, hanging)
+        return self._ended
+
+    def _silent(self, worker: str) -> bool:
+        return time.monotonic() - self._seen[worker][1] > self._patience
+
+
+def in_thread(function: Callable[[], _T]) -> Future[_T]:
+    """Call a function that may never return, in a thread that then is forgotten."""
+    result: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="asking the cluster").start()
+    return result
+
+
+def ask(client: Client, question: Callable[[], _T], workers: Sequence[str] = ()) -> _T:
+    """What a cluster answers; Dask waits for ever for a worker that was suspended.
+
+    Args:
+        client: of the cluster.
+        question: asks it.
+        workers: that have to answer.
+
+    Raises:
+        WorkerLostError: if it does not answer within `SECONDS_TO_ANSWER`, or one of the
+            workers is lost or silent meanwhile.
+        ClusterError: if the client is closed.
+    """
+    if client.status not in ("running", "connecting"):
+        raise ClusterError("the client is closed: make another by start_cluster() or connect(...)")
+    answer = in_thread(question)
+    deadline = time.monotonic() + SECONDS_TO_ANSWER
+    watch = Watch(client, SECONDS_TO_THINK)
+    while time.monotonic() < deadline:
+        with contextlib.suppress(TimeoutError):
+            answer.exception(timeout=0.5)
+        if answer.done():
+            return answer.result()
+        if workers:
+            alive = watch.alive()
+            for worker in workers:
+                if worker not in alive:
+                    raise WorkerLostError(f"the worker {worker} is gone, or does not answer")
+    raise WorkerLostError(
+        f"the cluster does not answer for {SECONDS_TO_ANSWER:.0f} s: a worker hangs, or is cut off"
+    )
+
+
+def _restart(client: Client, workers: Iterable[str]) -> None:
+    """End worker processes that hang; their nannies, where there are any, start them anew."""
+    # Whatever cannot be restarted is left out from now on.
+    with contextlib.suppress(Exception):
+        ask(
+            client,
+            lambda: client.restart_workers(list(workers), timeout=20, raise_for_error=False),
+        )
+
+
+def replace_lost_workers(client: Client) -> None:
+    """Have a cluster that `start_cluster` made start again what it has lost for good."""
+    cluster = client.cluster
+    made_here = getattr(cluster, "made_by_gan_lib", False)
+    if made_here and set(cluster.worker_spec) - set(cluster.workers):
+        # The same number as before: Dask then starts those that are missing.
+        with contextlib.suppress(Exception):
+            cluster.scale(len(cluster.worker_spec))
+
+
+def require_some_workers(n_workers: int | None) -> None:
+    """Raise ClusterError unless a number of workers is 1 or more, or None, which means all."""
+    if n_workers is not None and n_workers < 1:
+        raise ClusterError(f"n_workers is {n_workers}: give at least 1, or None for all there are")
+
+
+def wait_for_workers(client: Client, wanted: int) -> None:
+    """Wait for the workers of a cluster that are starting.
+
+    Raises:
+        ClusterError: if there are fewer than `wanted`.
+    """
+    deadline = time.monotonic() + SECONDS_TO_WAIT_FOR_WORKERS
+    # `scheduler_info` may be a cache without workers; this asks.
+    while (there := len(ask(client, client.nthreads))) < wanted:
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"the cluster has {there or 'no'} workers and {wanted} are needed: start more "
+                f"(`dask worker {client.scheduler.address}`)"
+                + (", or ask for fewer" if there else "")
+            )
+        time.sleep(0.1)
+
+
+def find_places(client: Client, wanted: int, most: int | None) -> list[Place]:
+    """Where the ranks of a new job go.
+
+    Args:
+        client: of the cluster.
+        wanted: how many there must be at least.
+        most: how many there may be; None means all that no other job uses.
+
+    Raises:
+        ClusterError: if there are too few.
+    """
+    wait_for_workers(client, wanted)
+    signs = Watch(client).alive()
+    free = [worker for worker, sign in signs.items() if not sign.busy]
+    if len(free) < wanted:
+        raise ClusterError(
+            f"the cluster has {len(signs)} workers, {len(signs) - len(free)} of which train for "
+            f"another job, and {wanted} are needed: wait for that one, stop it, start more "
+            "workers, or ask for fewer"
+        )
+    return assign_places(free, most)
+
+
+def assign_places(workers: Iterable[str], n_workers: int | None) -> list[Place]:
+    """Places on these workers, by rank: those of one machine next to each other."""
+    places: list[Place] = []
+    on_host: dict[str, int] = {}
+    for address in sorted(workers, key=lambda a: (get_address_host(a), a))[: n_workers or None]:
+        host = get_address_host(address)
+        places.append(Place(address, host, local_rank=on_host.get(host, 0)))
+        on_host[host] = on_host.get(host, 0) + 1
+    return places

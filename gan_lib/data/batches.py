@@ -1,0 +1,155 @@
+"""Arrays -> batches: disjoint, complete shares for every rank, augmented on the device.
+
+All randomness is a function of the seed, the epoch and the step, and is drawn
+for the whole batch before each rank takes its share. So the ranks agree without
+talking, a run continues in the middle as if it had never stopped, and the same
+images meet in the same step on 1 rank or on 10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gan_lib.base.errors import ParameterError
+from gan_lib.base.seeds import COLOURS, FLIPS, ORDER, PIXEL_NOISE, stream_seed
+from gan_lib.data.images import ImageSet
+from gan_lib.data.pixels import jitter_colours, normalise
+from gan_lib.parameters import TrainingParameters
+
+
+def check_images(images: ImageSet, p: TrainingParameters, resume: bool = False) -> None:
+    """Raise ParameterError if images have another shape than asked for, or are no whole batch.
+
+    Runs of before may have been of fewer: `resume` lets them go on.
+    """
+    wanted = (p.image_size, p.image_size, p.channels)
+    if images.pixels.shape[1:] != wanted:
+        raise ParameterError(
+            f"the images are {images.pixels.shape[1:]}, but image_size and channels "
+            f"ask for {wanted}: prepare them with the same values"
+        )
+    if p.batch_size > len(images) and not resume:
+        raise ParameterError(
+            f"batch_size is {p.batch_size}, and there are {len(images)} images: give at most so "
+            "many, or add images"
+        )
+
+
+def epoch_shares(
+    n_images: int, batch_size: int, world_size: int, seed: int, epoch: int
+) -> list[list[np.ndarray]]:
+    """Which images each rank sees in each step of one epoch.
+
+    Every image is in exactly one share. The steps are as even as they can be, at
+    most `batch_size` images each: 1,000 images at 64 make 16 steps of 62 or 63,
+    not 15 of 64 and a last one of 40 whose BatchNorm statistics stand apart.
+
+    Returns:
+        Index arrays as `shares[step][rank]`.
+
+    Raises:
+        ParameterError: if some step had no image for some rank.
+    """
+    n_steps = -(-n_images // batch_size)
+    if n_images // n_steps < world_size:
+        raise ParameterError(
+            f"batch_size {batch_size} over {n_images} images leaves a step with "
+            f"{n_images // n_steps} images for {world_size} ranks: raise batch_size to at least "
+            f"{world_size}, add images, or use fewer workers"
+        )
+    order = np.random.default_rng(stream_seed(seed, ORDER, epoch)).permutation(n_images)
+    return [np.array_split(step, world_size) for step in np.array_split(order, n_steps)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of one step.
+
+    Attributes:
+        images: float32, normalised, n x C x H x W, on the training device.
+        share: the part `start:stop` of the whole batch that these images are.
+        n_total: images of this step on all ranks together.
+        weight: n * world_size / n_total. DDP gives every rank the same say in the
+            mean gradient; this factor on the loss gives every image the same say.
+    """
+
+    images: Tensor
+    share: slice
+    n_total: int
+    weight: float
+
+
+class Batches:
+    """The batches of one rank.
+
+    Args:
+        images: what to train on.
+        parameters: `batch_size`, `seed` and those of pixel values and augmentation are used.
+        rank: of this process, 0 to world_size - 1.
+        world_size: number of ranks.
+        device: where the batches are put and augmented.
+
+    Raises:
+        ParameterError: if there are too few images for that many ranks.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        parameters: TrainingParameters,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.images = images
+        self.parameters = parameters
+        self.rank = rank
+        self.world_size = world_size
+        self.device = torch.device(device)
+        self.steps_per_epoch = len(self._shares(epoch=1))
+
+    def _shares(self, epoch: int) -> list[list[np.ndarray]]:
+        p = self.parameters
+        return epoch_shares(len(self.images), p.batch_size, self.world_size, p.seed, epoch)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """This rank's batches of one epoch, in order; those before `first_step` are left out."""
+        for step, shares in enumerate(self._shares(epoch)[first_step:], first_step):
+            start = sum(len(share) for share in shares[: self.rank])
+            mine, n_total = shares[self.rank], sum(map(len, shares))
+            pixels = torch.from_numpy(self.images.pixels[mine]).to(self.device, non_blocking=True)
+            # N x H x W x C seen as N x C x H x W is torch's channels_last: nothing is copied.
+            images = normalise(pixels.permute(0, 3, 1, 2), *self.parameters.normalisation)
+            share = slice(start, start + len(mine))
+            yield Batch(
+                images=self._augment(images, epoch, step, share, n_total),
+                share=share,
+                n_total=n_total,
+                weight=len(mine) * self.world_size / n_total,
+            )
+
+    def _augment(self, images: Tensor, epoch: int, step: int, share: slice, n_total: int) -> Tensor:
+        p = self.parameters
+        if p.flip:
+            rng = np.random.default_rng(stream_seed(p.seed, FLIPS, epoch, step))
+            flips = torch.from_numpy(rng.random(n_total)[share] < 0.5).to(self.device)
+            images = torch.where(flips[:, None, None, None], images.flip(-1), images)
+        if p.color_jitter > 0:
+            rng = np.random.default_rng(stream_seed(p.seed, COLOURS, epoch, step))
+            factors = 1 + p.color_jitter * (2 * rng.random((n_total, 3))[share] - 1)
+            factors = torch.from_numpy(factors).to(images)
+            images = jitter_colours(images, factors, *p.normalisation)
+        if p.noise > 0:
+            # Drawn where it is used: a whole batch of pixels is too much to draw on each rank.
+            generator = torch.Generator(self.device)
+            generator.manual_seed(stream_seed(p.seed, PIXEL_NOISE, epoch, step, self.rank))
+            noise = torch.randn(images.shape, generator=generator, device=self.device)
+            mean, std = p.normalisation
+            black, white = -mean / std, (1 - mean) / std
+            images = images.add(noise, alpha=p.noise * (white - black) / 2).clamp(black, white)
+        return images

@@ -1,0 +1,142 @@
+"""Checkpoints: written with a checksum, verified when read, thinned out as a run goes on.
+
+checkpoints/epoch_0107.pt          after epoch 107: all that is needed to go on exactly
+checkpoints/epoch_0107.pt.sha256   its checksum, as `sha256sum` writes it
+checkpoints/within_0108.pt         inside epoch 108, where somebody stopped at once
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gan_lib.base.errors import RunError
+from gan_lib.base.storage import Folder
+
+_NAME = re.compile(r"^(epoch|within)_(\d+)\.pt$")
+
+
+class DamagedCheckpointError(RunError):
+    """A checkpoint is not what was written."""
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """Where in a run a checkpoint was taken; they sort in the order of the training.
+
+    Attributes:
+        epochs: that were complete.
+        within: whether some of the next epoch was done too.
+    """
+
+    epochs: int
+    within: bool = False
+
+    @property
+    def path(self) -> str:
+        """Of the file, below the run directory."""
+        name = f"within_{self.epochs + 1:04d}" if self.within else f"epoch_{self.epochs:04d}"
+        return f"checkpoints/{name}.pt"
+
+    def __str__(self) -> str:
+        return f"inside epoch {self.epochs + 1}" if self.within else f"of epoch {self.epochs}"
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: the run directory.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+
+    def positions(self) -> list[Position]:
+        """Those that there are, oldest first."""
+        found = filter(None, map(_NAME.match, self._folder.names("checkpoints")))
+        return sorted(
+            Position(int(m[2]) - 1, within=True) if m[1] == "within" else Position(int(m[2]))
+            for m in found
+        )
+
+    def write(self, position: Position, state: dict[str, Any]) -> None:
+        """Put a checkpoint in place."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data = buffer.getvalue()
+        line = f"{hashlib.sha256(data).hexdigest()}  {position.path.rpartition('/')[2]}\n"
+        # While the new file lies beside the old one's checksum it counts as damaged, and the
+        # checkpoint before it is good: so the old checksum goes first.
+        self._folder.remove(f"{position.path}.sha256")
+        self._folder.write(position.path, data)
+        self._folder.write(f"{position.path}.sha256", line.encode())
+
+    def read(self, position: Position) -> dict[str, Any]:
+        """The content of a checkpoint, on the CPU.
+
+        Raises:
+            DamagedCheckpointError: if it is not what was written.
+            FileNotFoundError: if there is none.
+        """
+        data = self._folder.read(position.path)
+        try:
+            told = self._folder.read(f"{position.path}.sha256").decode(errors="replace").split()
+        except FileNotFoundError:
+            told = []  # its writer was interrupted between the two files
+        found = hashlib.sha256(data).hexdigest()
+        same = told[:1] in ([], [found])
+        why = "" if same else "its checksum is another than when it was written"
+        try:
+            state = {} if why else torch.load(io.BytesIO(data), "cpu", weights_only=True)
+        # torch.load has no exception of its own for a damaged file.
+        except Exception as error:
+            why = type(error).__name__
+        if why:
+            raise DamagedCheckpointError(
+                f"the checkpoint {position} in {self._folder.url} is damaged ({why}): open another "
+                "one by its epoch, or go on from the one before (resume does so by itself)"
+            )
+        return state
+
+    def newest(self) -> tuple[Position | None, dict[str, Any], list[str]]:
+        """The newest checkpoint that is whole.
+
+        Returns:
+            Where it was taken (None if there is none), its content, and what was wrong
+            with those that are newer.
+        """
+        damaged: list[str] = []
+        for position in reversed(self.positions()):
+            try:
+                return position, self.read(position), damaged
+            except DamagedCheckpointError as error:
+                damaged.append(str(error))
+        return None, {}, damaged
+
+    def remove(self, position: Position) -> None:
+        """Delete a checkpoint, if it is there."""
+        self._folder.remove(position.path)
+        self._folder.remove(f"{position.path}.sha256")
+
+    def thin_out(self, keep: int, keep_every: int) -> None:
+        """Delete old checkpoints.
+
+        Args:
+            keep: the last so many stay; 0 keeps all.
+            keep_every: so do those of epochs that this divides; 0 divides none.
+        """
+        there = self.positions()
+        newest = there[-1]
+        whole = [position for position in there if not position.within]
+        recent = whole[-keep:] if keep else whole
+        for position in there:
+            divides = keep_every and not position.within and position.epochs % keep_every == 0
+            # One from inside an epoch is good for nothing once the epoch is complete.
+            if position != newest and position not in recent and not divides:
+                self.remove(position)

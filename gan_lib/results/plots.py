@@ -1,0 +1,346 @@
+"""How it looks: images, sample grids, loss curves, animations.
+
+Every function reads arrays or a run directory and returns a figure (or a GIF)
+that a notebook shows when it is the last line of a cell.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from gan_lib.data.images import ImageSet, evenly_spread
+from gan_lib.gan.models import Generator, latent_vectors, render
+from gan_lib.results.pictures import gif_bytes, image_grid
+from gan_lib.results.run import LOSSES, Run
+
+# Only what a notebook shows needs IPython; training on a cluster does without.
+if TYPE_CHECKING:
+    from IPython import display
+
+LOSS_LABELS = {
+    "loss_d_real": "discriminator, real images",
+    "loss_d_fake": "discriminator, generated images",
+    "loss_d": "discriminator, both",
+    "loss_g": "generator",
+}
+LOSS_COLOURS = dict(zip(LOSSES, ("tab:green", "tab:red", "tab:blue", "tab:orange"), strict=True))
+# Small images are shown enlarged, so that a 32-pixel dog can be seen.
+INCHES_PER_IMAGE = 0.7
+
+
+def show_source(*things: Any) -> display.Code:
+    """The source of functions or classes, highlighted: the real code, not a copy of it."""
+    from IPython import display
+
+    source = "\n\n\n".join(inspect.getsource(thing).rstrip() for thing in things)
+    return display.Code(source, language="python")
+
+
+def plot_images(
+    images: np.ndarray, title: str, columns: int | None = None, labels: Sequence[str] | None = None
+) -> Figure:
+    """A wall of images.
+
+    Args:
+        images: uint8, N x H x W x C.
+        title: of the figure.
+        columns: as many as make it square, if None.
+        labels: a name under each image.
+    """
+    if labels is None:
+        grid = image_grid(images, columns)
+        rows, wide = grid.shape[0] // images.shape[1], grid.shape[1] // images.shape[2]
+        size = (max(wide * INCHES_PER_IMAGE, 3.0), max(rows * INCHES_PER_IMAGE, 0.7) + 0.4)
+        figure, axes = _figure(figsize=size)
+        _show(axes, grid, title)
+        return figure
+    columns = columns or min(len(images), 8)
+    rows = -(-len(images) // columns)
+    figure, grid_axes = _figure(rows, columns, figsize=(1.5 * columns, 1.8 * rows + 0.4))
+    for i, axes in enumerate(np.ravel(grid_axes)):
+        axes.axis("off")
+        if i < len(images):
+            _show(axes, images[i], labels[i], fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
+def plot_real_and_generated(real: np.ndarray, generated: np.ndarray) -> Figure:
+    """Real images on the left, as many generated ones on the right: uint8, N x H x W x C."""
+    n = min(len(real), len(generated))
+    figure, (left, right) = _figure(1, 2, figsize=(11, 5.8))
+    _show(left, image_grid(real[:n]), "real images")
+    _show(right, image_grid(generated[:n]), "generated images")
+    return figure
+
+
+def plot_images_per_class(images: ImageSet) -> Figure:
+    """How many images each class has."""
+    counts = images.images_per_class()
+    _, axes = _figure(figsize=(max(4.0, 0.12 * len(counts) + 3), 3.2))
+    axes.bar(range(len(counts)), list(counts.values()))
+    if len(counts) <= 20:
+        axes.set_xticks(range(len(counts)), list(counts), rotation=30, ha="right")
+    return _labelled(axes, f"{len(images):,} images of {images.source}", "class", "images")
+
+
+def plot_pixel_values(images: np.ndarray) -> Figure:
+    """Histograms of the same pixels before and after normalisation: uint8, N x H x W x C."""
+    figure, (left, right) = _figure(1, 2, figsize=(10, 3.2))
+    left.hist(images.ravel(), bins=64, range=(0, 255), density=True)
+    _labelled(left, "as stored: uint8", "pixel value", "density")
+    right.hist(images.ravel() / 127.5 - 1.0, bins=64, range=(-1, 1), density=True)
+    _labelled(right, "as the networks see it: normalised", "pixel value", "density")
+    return figure
+
+
+def plot_without_denormalising(images: np.ndarray) -> Figure:
+    """The same images with the normalisation undone, and as they look when one forgets to."""
+    figure, (left, right) = _figure(1, 2, figsize=(9, 4.9))
+    _show(left, image_grid(images), "normalisation undone")
+    _show(right, _forgotten(image_grid(images)), "shown as they leave the generator")
+    return figure
+
+
+def plot_samples(run: Run, epochs: Sequence[int] | None = None, denormalise: bool = True) -> Figure:
+    """The same latent vectors after several epochs.
+
+    Args:
+        run: whose samples.
+        epochs: which; None takes up to four, evenly spread.
+        denormalise: False shows the generator's -1..1 as if it were 0..1.
+    """
+    kept = run.epochs("samples")
+    chosen = list(epochs) if epochs is not None else _spread(kept, 4)
+    pictures = run.samples(chosen)
+    figure, grid_axes = _figure(1, len(chosen), figsize=(3.6 * len(chosen), 4.1))
+    for axes, (epoch, picture) in zip(np.ravel(grid_axes), pictures.items(), strict=True):
+        _show(axes, picture if denormalise else _forgotten(picture), f"epoch {epoch}")
+    what = "normalisation undone" if denormalise else "normalisation not undone"
+    figure.suptitle(f"the same latent vectors by epoch, {what}")
+    return figure
+
+
+def plot_losses(
+    records: pd.DataFrame,
+    epochs: Sequence[int] | None = None,
+    smooth: int = 1,
+    losses: Sequence[str] = LOSSES,
+) -> Figure:
+    """Losses by iteration.
+
+    Args:
+        records: of a run.
+        epochs: only these, e.g. `[15]` or `range(134, 138)`; None means all.
+        smooth: mean over this many records; what it smooths stays visible, pale.
+        losses: which.
+    """
+    figure, axes = _figure(figsize=(9, 4))
+    chosen = records if epochs is None else records[records["epoch"].isin(list(epochs))]
+    _draw_losses(axes, chosen, smooth, losses)
+    found = sorted(chosen["epoch"].unique())
+    span = f"epoch {found[0]}" if len(found) == 1 else f"epochs {found[0]} to {found[-1]}"
+    over = f", mean over {smooth} records" if smooth > 1 else ""
+    _labelled(axes, f"losses, {span}{over}", "iteration", "loss (binary cross-entropy)")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def plot_comparison(
+    records: Mapping[str, pd.DataFrame], loss: str = "loss_d", smooth: int = 5
+) -> Figure:
+    """One loss of several runs, by iteration.
+
+    Args:
+        records: name of the run -> its records.
+        loss: which.
+        smooth: mean over this many records.
+    """
+    figure, axes = _figure(figsize=(9, 4))
+    for name, table in records.items():
+        axes.plot(table["iteration"], _smoothed(table[loss], smooth), label=name)
+    _labelled(axes, f"loss of the {LOSS_LABELS[loss]}", "iteration", "loss")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def plot_bars(values: Mapping[str, float], title: str, unit: str) -> Figure:
+    """A bar for each name, with its value on it; by powers of ten if they differ hundredfold."""
+    _, axes = _figure(figsize=(1.5 + 1.6 * len(values), 3.4))
+    bars = axes.bar(list(values), list(values.values()), width=0.6)
+    axes.bar_label(bars, fmt="{:,.0f}")
+    axes.margins(y=0.15)
+    smallest = min(values.values())
+    if max(values.values()) > 100 * smallest > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:,.0f}")  # matplotlib's own writes formulas
+        axes.set_ylim(bottom=min(1, smallest / 10))
+        unit += ", logarithmic"
+    return _labelled(axes, title, "", unit)
+
+
+def plot_shares(shares: Sequence[Sequence[np.ndarray]], title: str) -> Figure:
+    """Which rank sees which image in which step: `epoch_shares`' result as a map."""
+    figure, axes = _figure(figsize=(9, 3.4))
+    n_images = sum(len(share) for step in shares for share in step)
+    for rank in range(len(shares[0])):
+        steps = np.concatenate([np.full(len(step[rank]), i) for i, step in enumerate(shares)])
+        seen = np.concatenate([step[rank] for step in shares])
+        axes.scatter(steps, seen, s=3 if n_images > 200 else 20, label=f"rank {rank}")
+    _labelled(axes, title, "step", "index of the image")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=4 if n_images > 200 else 1)
+    return figure
+
+
+def plot_progress(run: Run) -> Figure:
+    """Newest samples and all losses so far, side by side."""
+    figure, (left, right) = _figure(1, 2, figsize=(11, 4.4), width_ratios=(2, 3))
+    kept = run.epochs("samples")
+    if kept:
+        _show(left, run.samples(kept[-1:])[kept[-1]], f"epoch {kept[-1]}")
+    else:
+        left.axis("off")
+        left.set_title("no samples yet")
+    records = run.records()
+    if len(records):
+        _draw_losses(right, records, smooth=max(1, len(records) // 50), losses=("loss_d", "loss_g"))
+        right.legend()
+    _labelled(right, "losses", "iteration", "loss")
+    return figure
+
+
+def animate_samples(run: Run, frames: int = 40, width: int = 256) -> display.Image:
+    """The same latent vectors over the epochs, as a GIF.
+
+    Args:
+        run: whose samples.
+        frames: at most this many epochs, evenly spread.
+        width: of the picture, in pixels; small ones are enlarged by a whole number.
+    """
+    pictures = run.samples(_spread(run.epochs("samples"), frames))
+    return _animation(list(pictures.values()), width)
+
+
+def plot_clock(run: Run) -> Figure:
+    """Iterations by the clock; each restart is marked, and leaves a gap."""
+    _, axes = _figure(figsize=(8, 3.2))
+    records = run.records()
+    started = records["time"].min()
+    axes.plot(records["time"] - started, records["iteration"], ".", markersize=3)
+    _labelled(axes, "iterations by the clock", "seconds", "iteration")
+    # Between two records of one attempt passes nearly the same time; a restart takes longer.
+    pauses = records["time"].diff()
+    n = len(run.status().restarts)
+    for i in pauses.nlargest(n).index:
+        axes.axvspan(*(records["time"][[i - 1, i]] - started), color="tab:red", alpha=0.15)
+    return axes.figure
+
+
+def latent_walk(generator: Generator, stops: int = 4, steps: int = 8, seed: int = 0) -> np.ndarray:
+    """Images on the way between random latent vectors.
+
+    The way follows the sphere (slerp): Gaussian vectors of length nz have nearly
+    equal norms, and the straight line between two of them leads through the
+    middle, where the generator has seen none (White 2016, arXiv:1609.04468).
+
+    Returns:
+        uint8, (stops - 1) * steps x H x W x C.
+    """
+    points = latent_vectors(stops, generator.nz, seed).numpy()
+    way = [
+        _slerp(a, b, t)
+        for a, b in pairwise(points)
+        for t in np.linspace(0, 1, steps, endpoint=True)
+    ]
+    return render(generator, torch.from_numpy(np.stack(way)).float())
+
+
+def animate_images(images: np.ndarray, width: int = 192) -> display.Image:
+    """Images one after the other, as a GIF: uint8, N x H x W x C."""
+    return _animation(list(images), width)
+
+
+def _animation(frames: Sequence[np.ndarray], width: int) -> display.Image:
+    from IPython import display
+
+    return display.Image(data=gif_bytes(frames, width), format="gif")
+
+
+class _PlainFigure(Figure):
+    """Text in it is text: the names of files and classes may hold a $, and are no formulas."""
+
+    def draw(self, renderer: Any) -> None:
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+        super().draw(renderer)
+
+
+def _figure(*shape: int, figsize: tuple[float, float], **grid: Any) -> tuple[Figure, Any]:
+    figure, axes = plt.subplots(
+        *shape, figsize=figsize, layout="constrained", gridspec_kw=grid, FigureClass=_PlainFigure
+    )
+    # A figure that pyplot still holds is drawn a second time at the end of the cell.
+    plt.close(figure)
+    return figure, axes
+
+
+def _labelled(axes: Axes, title: str, x: str, y: str) -> Figure:
+    axes.set_title(title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    return axes.figure
+
+
+def _show(axes: Axes, picture: np.ndarray, title: str, fontsize: float | None = None) -> None:
+    grey = picture.shape[-1] == 1
+    # Few pixels are shown as squares; many are not worth the moiré.
+    interpolation = "nearest" if picture.shape[0] < 256 else "antialiased"
+    axes.imshow(picture.squeeze(-1) if grey else picture, cmap="gray", interpolation=interpolation)
+    axes.set_title(title, fontsize=fontsize)
+    axes.axis("off")
+
+
+def _forgotten(picture: np.ndarray) -> np.ndarray:
+    """A picture in -1..1 shown as if it were in 0..1: all below the middle is black."""
+    return (np.clip(picture / 127.5 - 1.0, 0.0, 1.0) * 255).astype(np.uint8)
+
+
+def _draw_losses(axes: Axes, records: pd.DataFrame, smooth: int, losses: Sequence[str]) -> None:
+    for name in losses:
+        colour = LOSS_COLOURS[name]
+        if smooth > 1:
+            axes.plot(records["iteration"], records[name], color=colour, alpha=0.2)
+        axes.plot(
+            records["iteration"],
+            _smoothed(records[name], smooth),
+            color=colour,
+            label=LOSS_LABELS[name],
+        )
+
+
+def _smoothed(values: pd.Series, window: int) -> pd.Series:
+    return values.rolling(window, center=True, min_periods=1).mean()
+
+
+def _spread(epochs: Sequence[int], n: int) -> list[int]:
+    if len(epochs) <= n:
+        return list(epochs)
+    return [epochs[i] for i in evenly_spread(n, len(epochs))]
+
+
+def _slerp(a: np.ndarray, b: np.ndarray, t: float) -> np.ndarray:
+    cosine = np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b))
+    angle = np.arccos(np.clip(cosine, -1.0, 1.0))
+    return (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)

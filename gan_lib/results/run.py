@@ -1,0 +1,427 @@
+"""What comes back: the run directory, its writer and its reader.
+
+A run lives in one directory, here or in an object store:
+
+    parameters.json              what it was told; versions, world size, device
+    status.json                  what it is doing, or how it ended
+    records/epoch_0107.jsonl     one line per recorded iteration
+    samples/epoch_0107.png       the same latent vectors every time
+    checkpoints/epoch_0107.pt    all that is needed to go on; see gan_lib.results.checkpoints
+    stop                         somebody asks the run to end
+    regroup                      its supervisor asks it to go on with more workers
+    tensorboard/                 the same records for TensorBoard
+
+Every file is written whole and put in place at once, so a reader never sees
+half of one, and an epoch that is trained again replaces its own records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pandas as pd
+
+from gan_lib.base.checkout import CHECKOUT, IS_ONE
+from gan_lib.base.checks import check_type, require_range
+from gan_lib.base.errors import RunError, describe
+from gan_lib.base.storage import Folder
+from gan_lib.data.images import ImageSet, prepare_images
+from gan_lib.gan.models import Generator, generate_images
+from gan_lib.parameters import TrainingParameters
+from gan_lib.results.checkpoints import Checkpoints, Position
+from gan_lib.results.pictures import read_png
+from gan_lib.sources import manifest
+from gan_lib.sources.listing import resolve_source
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from gan_lib.jobs.job import Job
+
+# A checkout keeps its runs together, wherever a notebook was started from.
+RUNS = str((CHECKOUT if IS_ONE else Path.cwd()) / "runs")
+
+PARAMETERS, STATUS, STOP, REGROUP = "parameters.json", "status.json", "stop", "regroup"
+# The kinds of files that come once per epoch, with their endings.
+_PER_EPOCH = {"records": ".jsonl", "samples": ".png", "checkpoints": ".pt"}
+
+LOSSES = ("loss_d_real", "loss_d_fake", "loss_d", "loss_g")
+
+
+def new_run_url(name: str = "run") -> str:
+    """A place under `runs/` that no run has taken yet."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return f"{RUNS}/{name}-{stamp}-{uuid.uuid4().hex[:4]}"
+
+
+def latest_run_url() -> str:
+    """The newest run under `runs/`.
+
+    Raises:
+        RunError: if there is none yet.
+    """
+    found = list(Path(RUNS).glob(f"*/{PARAMETERS}"))
+    if not found:
+        raise RunError(f"there is no run in {RUNS} yet: train one first (notebook 04)")
+    return str(max(found, key=lambda path: path.stat().st_mtime).parent)
+
+
+def epoch_path(kind: str, epoch: int) -> str:
+    """Path of an epoch's file below the run directory."""
+    return f"{kind}/epoch_{epoch:04d}{_PER_EPOCH[kind]}"
+
+
+class ResultsHandler(Protocol):
+    """Takes files of a run by their path below the run directory."""
+
+    def submit_result(self, path: str, data: str | bytes) -> None: ...
+
+
+class RunWriter(Folder):
+    """Writes files of one run directory, each whole or not at all."""
+
+    def submit_result(self, path: str, data: str | bytes) -> None:
+        """Put a file in place, replacing an older one of that name."""
+        self.write(path, data.encode() if isinstance(data, str) else data)
+
+    def request(self) -> str:
+        """What somebody asks for with the file `stop`: "epoch" or "now"; empty without one."""
+        try:
+            return self.read(STOP).decode().strip() or "epoch"
+        except FileNotFoundError:
+            return ""
+
+    def set_status(self, state: str, **details: Any) -> None:
+        """Say what the run is doing; see `RunStatus` for the states that there are."""
+        self.submit_result(STATUS, json.dumps({"state": state, "time": time.time(), **details}))
+
+
+def create_run(url: str, parameters: TrainingParameters) -> None:
+    """Reserve a run directory: nothing that an earlier run left there is touched.
+
+    Of several processes that want the same place at once, one gets it.
+
+    Raises:
+        RunError: if a run already lives there, or the place cannot be written.
+    """
+    writer = RunWriter(url)
+    try:
+        with writer.alone(PARAMETERS):
+            refuse_taken(url)
+            writer.set_status("waiting")
+            told = {"parameters": parameters.to_dict()}
+            writer.submit_result(PARAMETERS, json.dumps(told, indent=2))
+    except FileExistsError:
+        raise _taken(url) from None
+    except OSError as error:
+        raise RunError(f"the run directory {url} cannot be written: {error}") from error
+
+
+def refuse_taken(url: str) -> None:
+    """Raise RunError if a run lives there, unless it ended before it had made anything."""
+    if not RunWriter(url).exists(PARAMETERS):
+        return
+    run = Run(url)
+    made = run.epochs("records") or run.epochs("checkpoints")
+    if made or run.status().state in ("waiting", "training"):
+        raise _taken(url)
+
+
+def _taken(url: str) -> RunError:
+    return RunError(
+        f"{url} already holds a run: choose another place, or go on with it by resume=True"
+    )
+
+
+def open_run(url: str = "latest") -> Run:
+    """Open a run to read it, while it goes on or a year later.
+
+    Args:
+        url: its directory, as a path or an address; "latest" is the newest under `runs/`.
+
+    Raises:
+        RunError: if no run lives there.
+    """
+    return Run(latest_run_url() if url == "latest" else url)
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What a run was last heard to do.
+
+    Attributes:
+        state: "waiting", "training"; or how it ended: "finished", "failed", "stopped" with a
+            checkpoint of where it was, or "interrupted" without.
+        time: when it said so, in seconds since 1970.
+        error: what ended it, if it failed.
+        job: the attempt that may write into it.
+        restarts: why it was started again, a sentence for each time.
+    """
+
+    state: str = "waiting"
+    time: float = 0.0
+    error: str = ""
+    job: str = ""
+    restarts: tuple[str, ...] = ()
+
+
+class Run:
+    """A run directory, read only.
+
+    Anybody may have written it: what is missing or not as it should be is a RunError, and what
+    this version of gan_lib does not know is passed over.
+
+    Attributes:
+        url: where it lives.
+        parameters: what it was told.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._folder = Folder(url)
+        told = self.info()["parameters"]
+        self.parameters = TrainingParameters(**{n: told[n] for n in TrainingParameters.names()})
+
+    def __repr__(self) -> str:
+        return f"<Run {self.url}: {self.status().state}, {len(self.epochs('records'))} epochs>"
+
+    def info(self) -> dict[str, Any]:
+        """All of parameters.json: parameters, versions, world size, device, images.
+
+        Raises:
+            RunError: if there is none, or it is damaged.
+        """
+        try:
+            data = self._folder.read(PARAMETERS)
+        except FileNotFoundError:
+            raise RunError(f"no run lives at {self.url}: it holds no {PARAMETERS}") from None
+        with self._understanding(PARAMETERS):
+            info = check_type("it", dict, json.loads(data))
+            told = check_type("parameters", dict, info.get("parameters"))
+            known = {name: told[name] for name in TrainingParameters.names() if name in told}
+            for name in {"images", "steps_per_epoch", "world_size"} & info.keys():
+                require_range(name, check_type(name, int, info[name]), 1, None)
+            return info | {"parameters": told | TrainingParameters(**known).to_dict()}
+
+    def status(self) -> RunStatus:
+        """What the run was last heard to do."""
+        try:
+            data = self._folder.read(STATUS)
+        except FileNotFoundError:
+            return RunStatus()
+        with self._understanding(STATUS):
+            told = check_type("it", dict, json.loads(data))
+            told["restarts"] = tuple(map(str, told.get("restarts", ())))
+            known = [field for field in fields(RunStatus) if field.name in told]
+            return RunStatus(
+                **{f.name: check_type(f.name, type(f.default), told[f.name]) for f in known}
+            )
+
+    def epochs(self, kind: str) -> list[int]:
+        """The epochs that have a file of this kind: "records", "samples" or "checkpoints"."""
+        paths = self._folder.names(kind)
+        pattern = re.compile(rf"^epoch_(\d+){re.escape(_PER_EPOCH[kind])}$")
+        return sorted(int(m.group(1)) for m in map(pattern.search, paths) if m)
+
+    def records(self, epochs: Sequence[int] | None = None) -> pd.DataFrame:
+        """One row per recorded iteration: iteration, epoch, every loss, images/s.
+
+        Args:
+            epochs: only these; None means all.
+        """
+        chosen = self.epochs("records") if epochs is None else epochs
+        lines: list[dict[str, Any]] = []
+        for epoch, data in zip(chosen, self._read("records", chosen), strict=True):
+            with self._understanding(epoch_path("records", epoch)):
+                lines += [_record(line) for line in data.decode().splitlines()]
+        return pd.DataFrame(lines)
+
+    def samples(self, epochs: Sequence[int] | None = None) -> dict[int, np.ndarray]:
+        """Epoch -> its picture, the same latent vectors in a grid: uint8, H x W x C."""
+        chosen = self.epochs("samples") if epochs is None else epochs
+        pictures = {}
+        for epoch, data in zip(chosen, self._read("samples", chosen), strict=True):
+            with self._understanding(epoch_path("samples", epoch)):
+                pictures[epoch] = read_png(data)
+        return pictures
+
+    def images(self, source: str = "") -> ImageSet:
+        """The images that the run was trained on, prepared as they were then.
+
+        Args:
+            source: the run's own source, said again. It is needed where somebody else may have
+                written the run: its words decide what this process then reads.
+
+        Raises:
+            As `prepare_images`, and RunError if `source` is needed, or is another.
+        """
+        p = self.parameters
+        trusted = self._trusted_source(source)
+        return prepare_images(trusted, p.image_size, p.channels, p.crop, p.max_images)
+
+    def _trusted_source(self, said: str) -> str:
+        told = self.parameters.source
+        if said and resolve_source(said) != resolve_source(told):
+            raise RunError(f"{self.url} was trained on {told!r}, and source is {said!r}")
+        if said or told in manifest.sources() or self._folder.is_mine(PARAMETERS):
+            return told
+        raise RunError(
+            f"{self.url} may be somebody else's, and says that it was trained on {told!r}: if "
+            f"that is what is to be read here, say it again by source={told!r}"
+        )
+
+    def positions(self) -> list[Position]:
+        """Where in the run its checkpoints were taken, oldest first."""
+        return Checkpoints(self._folder).positions()
+
+    def checkpoints(self) -> dict[int, str]:
+        """Epoch -> URL of its checkpoint."""
+        return {e: f"{self.url}/{epoch_path('checkpoints', e)}" for e in self.epochs("checkpoints")}
+
+    def checkpoint(self, epoch: int | str = "latest") -> dict[str, Any]:
+        """The content of a checkpoint, on the CPU.
+
+        Raises:
+            RunError: if there is none of that epoch, or the file is damaged.
+        """
+        checkpoints = Checkpoints(self._folder)
+        if epoch == "latest":
+            position, state, damaged = checkpoints.newest()
+            if position is None:
+                why = damaged[0] if damaged else "wait for its first"
+                raise RunError(f"{self.url} has no checkpoint yet that is whole: {why}")
+            for sentence in damaged:
+                warnings.warn(sentence, stacklevel=2)
+            return state
+        kept = self.epochs("checkpoints")
+        if epoch not in kept:
+            raise RunError(f"{self.url} has no checkpoint of epoch {epoch}: it keeps {_join(kept)}")
+        return checkpoints.read(Position(int(epoch)))
+
+    def generator(self, epoch: int | str = "latest") -> Generator:
+        """The generator as it was after an epoch, in eval mode on the CPU."""
+        p = self.parameters
+        generator = Generator(p.image_size, p.channels, p.nz, p.ngf, p.normalisation)
+        state = self.checkpoint(epoch)
+        with self._understanding("checkpoints"):
+            generator.load_state_dict(state["generator"])
+        return generator.eval()
+
+    def generate(self, n: int, epoch: int | str = "latest", seed: int = 0) -> np.ndarray:
+        """Make `n` new images: uint8, n x H x W x C."""
+        return generate_images(self.generator(epoch), n, seed)
+
+    def stop(self, now: bool = False) -> None:
+        """Ask the training to end, with a picture and a checkpoint; it can be resumed.
+
+        Args:
+            now: within seconds, inside an epoch; if not, after the current epoch.
+        """
+        if self.status().state in ("waiting", "training"):
+            RunWriter(self.url).submit_result(STOP, "now" if now else "epoch")
+
+    def resume(
+        self,
+        client: Client,
+        n_workers: int | None = None,
+        source: str = "",
+        new_images: bool = False,
+        **changes: Any,
+    ) -> Job:
+        """Go on from the newest checkpoint, on any cluster, with any number of workers.
+
+        Args:
+            client: of the cluster.
+            n_workers: use only this many; None uses all.
+            source: as in `images`.
+            new_images: go on also if the images are not those that the run was trained on.
+            **changes: parameters that may change, such as `epochs`.
+
+        Raises:
+            RunError: if `source` is needed, or the run has parameters of another gan_lib.
+            As `gan_lib.cluster.starting.launch`.
+        """
+        # Reading a run needs no cluster.
+        from gan_lib.jobs.launching import launch
+
+        unknown = self.info()["parameters"].keys() - TrainingParameters.names()
+        if unknown:
+            raise RunError(
+                f"{self.url} has parameters that this gan_lib does not know "
+                f"({', '.join(sorted(unknown))}): resume it with the version that made it"
+            )
+        parameters = self.parameters.replace(source=self._trusted_source(source), **changes)
+        return launch(client, parameters, self.url, n_workers, resume=True, new_images=new_images)
+
+    def watch(self) -> None:
+        """Show the progress until the run ends, from its files alone, whoever started it."""
+        from gan_lib.results.watching import watch_from_outside
+
+        watch_from_outside(self)
+
+    @contextlib.contextmanager
+    def _understanding(self, path: str) -> Iterator[None]:
+        """Whatever is wrong with the content of a file becomes one sentence."""
+        try:
+            yield
+        except Exception as error:
+            said = describe(error).splitlines()[0]
+            raise RunError(f"{self.url}/{path} is damaged: {said}") from None
+
+    def _read(self, kind: str, epochs: Sequence[int]) -> list[bytes]:
+        paths = [epoch_path(kind, epoch) for epoch in epochs]
+        try:
+            return self._folder.read_all(paths)
+        except FileNotFoundError as error:
+            epoch = epochs[paths.index(error.filename)]
+            raise RunError(
+                f"{self.url} has no {kind} of epoch {epoch}: it has {_join(self.epochs(kind))}"
+            ) from None
+
+
+def _record(line: str) -> dict[str, Any]:
+    record = check_type("a line", dict, json.loads(line))
+    for name in ("iteration", "epoch", *LOSSES, "images_per_second", "time"):
+        if not isinstance(record.get(name), int | float):
+            raise ValueError(f"{name} is {record.get(name)!r}, expected a number")
+    return record
+
+
+def _join(epochs: Sequence[int]) -> str:
+    if len(epochs) > 8:
+        return f"{len(epochs)} epochs from {epochs[0]} to {epochs[-1]}"
+    return "epochs " + ", ".join(map(str, epochs)) if epochs else "none"
+
+
+def tensorboard_events(records: list[dict[str, Any]]) -> bytes:
+    """Records as one TensorBoard event file; the losses become scalars by iteration.
+
+    Raises:
+        ImportError: if tensorboard is not installed.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    buffer = io.BytesIO()
+    writer = RecordWriter(buffer)
+    header = Event(wall_time=records[0]["time"], file_version="brain.Event:2")
+    writer.write(header.SerializeToString())
+    for record in records:
+        values = [Summary.Value(tag=name, simple_value=record[name]) for name in LOSSES]
+        event = Event(
+            wall_time=record["time"], step=record["iteration"], summary=Summary(value=values)
+        )
+        writer.write(event.SerializeToString())
+    return buffer.getvalue()

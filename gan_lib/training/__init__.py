@@ -1,0 +1,25 @@
+"""What does one rank do, from the first epoch or from a checkpoint to the end?
+
+It asks
+torch.distributed which rank it is, and knows nothing of Dask. Told by notebook 04.
+"""
+
+from typing import TYPE_CHECKING
+
+from gan_lib.base.lazy import lazily
+
+if TYPE_CHECKING:
+    from gan_lib.training.loop import TrainingResult as TrainingResult
+    from gan_lib.training.loop import train_gan as train_gan
+    from gan_lib.training.ranks import Ranks as Ranks
+    from gan_lib.training.ranks import distribute as distribute
+
+__getattr__, __dir__, __all__ = lazily(
+    __name__,
+    {
+        "train_gan": "loop",
+        "TrainingResult": "loop",
+        "Ranks": "ranks",
+        "distribute": "ranks",
+    },
+)

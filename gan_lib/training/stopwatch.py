@@ -1,0 +1,50 @@
+"""How fast a training goes, and what it waits for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gan_lib.data.batches import Batch
+
+
+class Stopwatch:
+    """How fast it goes, and which part of the time goes into waiting for the next batch."""
+
+    def __init__(self) -> None:
+        self._waited = 0.0
+        self._n_images = 0
+        self._started = self._since = time.perf_counter()
+
+    def over(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; their images, and the time that each takes to come, are counted."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            self._n_images += batch.n_total
+            yield batch
+
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.perf_counter() - self._started
+
+    def rate(self) -> float:
+        """Images per second since the start, over all ranks."""
+        return self._n_images / self.seconds()
+
+    def record(self) -> dict[str, float]:
+        """For a record: `rate`, the share of the time since the last record that was waited for
+        data (0 to 1), and the time of day."""
+        now = time.perf_counter()
+        share = self._waited / (now - self._since)
+        self._waited, self._since = 0.0, now
+        return {
+            "images_per_second": round(self.rate(), 2),
+            "time": round(time.time(), 3),
+            "data_wait": round(share, 4),
+        }
