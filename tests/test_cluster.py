@@ -22,7 +22,8 @@ from gan_lib.cluster.shipping import package_checksum
 from gan_lib.cluster.starting import close_cluster, connect
 from gan_lib.cluster.starting import start_cluster as start
 from gan_lib.jobs.launching import launch, run_ranks
-from gan_lib.jobs.rank_group import _work_as_rank, pick_gpus
+from gan_lib.jobs.rank_group import pick_gpus
+from gan_lib.jobs.rank_task import RankTask, work_as_rank
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.run import open_run
 from gan_lib.training.loop import train_gan
@@ -126,10 +127,8 @@ def test_a_rank_leaves_the_environment_as_it_was(client: Client) -> None:
     # Nobody listens where this one is to meet the others.
     with socket.create_server(("127.0.0.1", 0)) as probe:
         free = probe.getsockname()[1]
-    told = {"gpu": 0, "backend": "gloo", "host": "127.0.0.1", "port": free, "job_id": "none"}
-    failed = client.submit(
-        _work_as_rank, int, {}, rank=1, world_size=2, attempt="job-0-1", pure=False, **told
-    ).result(timeout=60)
+    task = RankTask(1, 2, gpu=0, backend="gloo", host="127.0.0.1", port=free, attempt="job-0-1")
+    failed = client.submit(work_as_rank, int, {}, task, pure=False).result(timeout=60)
     assert isinstance(failed.error, ConnectionRefusedError)
     assert client.run(environment) == before
 

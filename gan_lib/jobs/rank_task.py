@@ -1,0 +1,245 @@
+"""What a worker does as a rank: meet the others, run the function, and part.
+
+Nobody can stop a function that runs: so a thread beside it looks whether anybody still waits
+for it, and frees it from collectives that will never end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+import os
+import pickle
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+from unittest.mock import patch
+
+import psutil
+import torch
+import torch.distributed as dist
+from distributed import Worker, get_worker
+from distributed.comm import get_address_host
+
+from gan_lib.base.errors import ClusterError
+from gan_lib.training.ranks import ATTEMPT_VARIABLE, LEAVE
+
+# How long the other ranks may take to notice that one has failed, and to end.
+SECONDS_TO_FAIL = 10
+# How often a rank asks whether anybody still waits for it.
+SECONDS_BETWEEN_LOOKS = 0.5
+# How long the ranks may take to meet, and one attempt of it, which nothing can interrupt.
+SECONDS_TO_MEET, SECONDS_TO_CONNECT = 300, 3
+# A collective that takes longer has lost a rank that Dask still hears of.
+SECONDS_FOR_A_COLLECTIVE = 1800
+
+
+@dataclass(frozen=True)
+class RankTask:
+    """Which rank a worker is, and where it meets the others.
+
+    Attributes:
+        rank: its number.
+        world_size: how many ranks there are.
+        gpu: index of its GPU among those that the worker sees.
+        backend: of torch.distributed, "gloo" or "nccl".
+        host: address of rank 0's machine, as Dask knows it.
+        port: where rank 0 listens there.
+        attempt: of a supervised job; empty for ranks that nobody supervises.
+    """
+
+    rank: int
+    world_size: int
+    gpu: int
+    backend: str
+    host: str
+    port: int
+    attempt: str = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a rank brings back that raised.
+
+    It is returned and not raised: Dask would log every rank's error as it comes,
+    the consequences before the cause.
+
+    Attributes:
+        error: that was raised.
+        traceback: of it, if it could travel.
+        order: which of the ranks it was to fail; infinite where that could not be counted,
+            because the meeting place was already gone.
+    """
+
+    error: BaseException
+    traceback: TracebackType | None
+    order: float = math.inf
+
+
+# Listening sockets by port: opened before the ranks start, so that the port is known to be free.
+_LISTENERS: dict[int, socket.socket] = {}
+
+
+def listen(host: str) -> int:
+    """On rank 0's worker: reserve a free port for the ranks to meet at."""
+    for left_over in _LISTENERS.values():
+        left_over.close()  # its ranks never started
+    _LISTENERS.clear()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, 0), family=family, backlog=1024)
+    port = listener.getsockname()[1]
+    _LISTENERS[port] = listener
+    return port
+
+
+def visible_gpus() -> list[str]:
+    """On a worker: identities of the GPUs that it sees."""
+    return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+
+
+def work_as_rank(function: Callable[..., Any], arguments: dict[str, Any], task: RankTask) -> Any:
+    """On a worker: call the function among the other ranks; what it returns, or a `Failure`.
+
+    Raises:
+        ClusterError: if this worker is a rank already.
+    """
+    if dist.is_initialized():
+        raise ClusterError(
+            "this worker is already a rank of another job: wait for that one, "
+            "or start the workers with one thread each"
+        )
+    worker = get_worker()
+    told = {"LOCAL_RANK": str(task.gpu), ATTEMPT_VARIABLE: task.attempt}
+    LEAVE.clear()
+    ended = threading.Event()
+    watcher = threading.Thread(
+        target=_leave_when_unwanted,
+        args=(worker, worker.get_current_task(), ended, _connections()),
+        daemon=True,
+    )
+    watcher.start()
+    store = None
+    try:
+        with patch.dict(os.environ, told | _dask_network(worker)):
+            store = _meet(task)
+            dist.init_process_group(
+                task.backend,
+                store=store,
+                rank=task.rank,
+                world_size=task.world_size,
+                timeout=datetime.timedelta(seconds=SECONDS_FOR_A_COLLECTIVE),
+            )
+            return function(**arguments)
+    except Exception as error:
+        # While this rank holds its connections, no other rank has noticed: so the order in
+        # which they count themselves here is the order in which they failed.
+        order = math.inf
+        if store is not None:
+            with contextlib.suppress(Exception):
+                order = store.add("failures", 1)
+        error.add_note(f"raised by rank {task.rank} of {task.world_size} on {worker.address}")
+        return Failure(*_portable(error), order)
+    finally:
+        ended.set()
+        watcher.join()
+        LEAVE.clear()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _meet(task: RankTask) -> dist.TCPStore:
+    """The store through which the ranks find each other; it is served by rank 0.
+
+    Raises:
+        ConnectionError: if rank 0 is gone: it has listened before any rank was started.
+        DistError, TimeoutError: if it cannot be reached for `SECONDS_TO_MEET`, or nobody waits
+            any more for this rank (see `_leave_when_unwanted`, which ends also the silence of
+            one that has accepted a connection).
+    """
+    is_first = task.rank == 0
+    listener = _LISTENERS.pop(task.port, None) if is_first else None
+    deadline = time.monotonic() + SECONDS_TO_MEET
+    while True:
+        try:
+            if not is_first:
+                socket.create_connection((task.host, task.port), SECONDS_TO_CONNECT).close()
+            store = dist.TCPStore(
+                task.host,
+                task.port,
+                task.world_size,
+                is_master=is_first,
+                timeout=datetime.timedelta(seconds=SECONDS_TO_CONNECT),
+                wait_for_workers=False,
+                master_listen_fd=listener.detach() if listener is not None else None,
+            )
+        except (dist.DistError, TimeoutError):
+            if is_first or LEAVE.is_set() or time.monotonic() > deadline:
+                raise
+        else:
+            store.set_timeout(datetime.timedelta(seconds=SECONDS_TO_MEET))
+            return store
+
+
+def _leave_when_unwanted(
+    worker: Worker, key: Any, ended: threading.Event, before: set[tuple[Any, Any]]
+) -> None:
+    """In a thread beside a rank: have it end when its task is cancelled.
+
+    Dask cancels the task when its client ends or is lost, and a job does when one of its ranks
+    is lost.
+
+    Args:
+        worker: that the rank runs on.
+        key: of its task.
+        ended: set when the rank has ended.
+        before: this process's connections before the rank met the others.
+    """
+    while not ended.wait(SECONDS_BETWEEN_LOOKS):
+        task = worker.state.tasks.get(key)
+        if task is None or task.state == "cancelled":
+            LEAVE.set()
+            break
+    if ended.wait(SECONDS_TO_FAIL):
+        return
+    # It waits for another rank that will never answer.
+    with contextlib.suppress(Exception):
+        dist.group.WORLD.abort()
+    for connection in psutil.Process().net_connections("tcp"):
+        if (connection.laddr, connection.raddr) not in before and connection.raddr:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as sock:
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+def _connections() -> set[tuple[Any, Any]]:
+    return {(c.laddr, c.raddr) for c in psutil.Process().net_connections("tcp")}
+
+
+def _portable(error: Exception) -> tuple[Exception, TracebackType | None]:
+    """The error and its traceback, or its text if it cannot travel."""
+    try:
+        # distributed has taught pickle to carry tracebacks.
+        return pickle.loads(pickle.dumps((error, error.__traceback__)))
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error))), None
+
+
+def _dask_network(worker: Worker) -> dict[str, str]:
+    """Variables that have gloo and NCCL use the network interface of Dask, unless told otherwise.
+
+    Their own choice follows the machine's host name, which on a laptop may be a
+    network that others can reach and on a cluster one that leads nowhere.
+    """
+    host = get_address_host(worker.address)
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == host for address in addresses):
+            return {
+                variable: os.environ.get(variable, name)
+                for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+            }
+    return {}
