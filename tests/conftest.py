@@ -18,7 +18,7 @@ from gan_lib.cluster.starting import close_cluster, start_cluster
 from gan_lib.data.images import ImageSet, prepare_images
 from gan_lib.parameters import TrainingParameters
 from gan_lib.practice.s3_server import serve_s3
-from gan_lib.results import run as results
+from gan_lib.results import files
 
 # Lines in place of bars: the tests' output is a log.
 os.environ["GAN_LIB_HEADLESS"] = "1"
@@ -83,7 +83,7 @@ def own_client() -> Iterator[Client]:
 @pytest.fixture(autouse=True)
 def runs_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without a place of their own go to the test's folder, not into the checkout."""
-    monkeypatch.setattr(results, "RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(files, "RUNS", str(tmp_path / "runs"))
 
 
 @pytest.fixture

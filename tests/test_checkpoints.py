@@ -19,7 +19,8 @@ from gan_lib.jobs.job import worth_a_retry
 from gan_lib.jobs.launching import launch, run_ranks
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.checkpoints import Checkpoints, DamagedCheckpointError, Position
-from gan_lib.results.run import RunWriter, open_run
+from gan_lib.results.run import open_run
+from gan_lib.results.writing import RunWriter
 from gan_lib.training import keeping
 from gan_lib.training.keeping import BackgroundWriter, Keeper
 from gan_lib.training.loop import train_gan

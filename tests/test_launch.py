@@ -24,7 +24,8 @@ from gan_lib.jobs.job import Job
 from gan_lib.jobs.launching import launch
 from gan_lib.parameters import TrainingParameters
 from gan_lib.practice.photographs import make_photographs
-from gan_lib.results.run import RunWriter, create_run, open_run
+from gan_lib.results.run import open_run
+from gan_lib.results.writing import RunWriter, create_run
 
 
 def until_it_trains(job: Job) -> None:
@@ -45,7 +46,7 @@ RACE = """
 import sys
 from gan_lib import TrainingParameters
 from gan_lib.base.errors import RunError
-from gan_lib.results import create_run
+from gan_lib.results.writing import create_run
 
 print("ready", flush=True)
 for place in map(str.strip, sys.stdin):

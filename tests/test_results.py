@@ -22,8 +22,10 @@ from gan_lib.jobs.launching import launch
 from gan_lib.jobs.results_handler import DaskResultsHandler
 from gan_lib.parameters import TrainingParameters
 from gan_lib.practice.photographs import make_photographs
+from gan_lib.results.files import LOSSES
 from gan_lib.results.pictures import image_grid
-from gan_lib.results.run import LOSSES, Run, RunStatus, RunWriter, create_run, open_run
+from gan_lib.results.run import Run, RunStatus, open_run
+from gan_lib.results.writing import RunWriter, create_run
 from gan_lib.training.loop import train_gan
 
 
@@ -209,10 +211,10 @@ def test_a_source_in_the_words_of_somebody_else_is_said_again(
 
 
 def test_latest_is_the_newest(tiny: TrainingParameters, tmp_path: Path) -> None:
-    from gan_lib.results import run as results
+    from gan_lib.results import files
 
     for name in ("a", "c", "b"):
-        create_run(f"{results.RUNS}/{name}", tiny)
+        create_run(f"{files.RUNS}/{name}", tiny)
     assert open_run("latest").url.endswith("b")
 
 

@@ -32,7 +32,8 @@ from gan_lib.base.interrupts import interruptible
 from gan_lib.base.progress import HEADLESS_VARIABLE, NOTE, SECONDS_BETWEEN_LINES, parse_progress
 from gan_lib.cli import profiles
 from gan_lib.cli.profiles import notebook_parameters
-from gan_lib.results.run import RUNS, open_run
+from gan_lib.results.files import RUNS
+from gan_lib.results.run import open_run
 
 EXECUTED = CHECKOUT / "executed"
 # The endings of the pictures that a cell can show.

@@ -28,8 +28,10 @@ from gan_lib.cluster.workers import Place, Watch, assign_places, replace_lost_wo
 from gan_lib.data.images import open_prepared
 from gan_lib.jobs.rank_group import RankGroup, start_ranks
 from gan_lib.parameters import TrainingParameters
-from gan_lib.results.run import PARAMETERS, REGROUP, STOP, Run, RunWriter, open_run
+from gan_lib.results.files import PARAMETERS, REGROUP, STOP
+from gan_lib.results.run import Run, open_run
 from gan_lib.results.watching import watch_run
+from gan_lib.results.writing import RunWriter
 from gan_lib.training.loop import TrainingResult, train_gan
 
 SECONDS_BETWEEN_LOOKS = 0.3

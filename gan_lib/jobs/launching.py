@@ -22,7 +22,9 @@ from gan_lib.data.shards import INDEX
 from gan_lib.jobs.job import Job, Plan
 from gan_lib.jobs.rank_group import RankGroup, start_ranks
 from gan_lib.parameters import TrainingParameters
-from gan_lib.results.run import PARAMETERS, create_run, new_run_url, open_run, refuse_taken
+from gan_lib.results.files import PARAMETERS
+from gan_lib.results.run import open_run
+from gan_lib.results.writing import create_run, new_run_url, refuse_taken
 from gan_lib.sources.listing import resolve_source
 from gan_lib.training.keeping import refuse_differences, refuse_other_images
 from gan_lib.training.loop import train_gan

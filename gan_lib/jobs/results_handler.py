@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gan_lib.base.errors import RunError
-from gan_lib.results.run import RunWriter
+from gan_lib.results.writing import RunWriter
 
 logger = logging.getLogger(__name__)
 

@@ -11,15 +11,15 @@ from gan_lib.base.lazy import lazily
 if TYPE_CHECKING:
     from gan_lib.results.checkpoints import Checkpoints as Checkpoints
     from gan_lib.results.run import Run as Run
-    from gan_lib.results.run import RunWriter as RunWriter
     from gan_lib.results.run import open_run as open_run
+    from gan_lib.results.writing import RunWriter as RunWriter
 
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     {
         "open_run": "run",
         "Run": "run",
-        "RunWriter": "run",
+        "RunWriter": "writing",
         "Checkpoints": "checkpoints",
     },
 )

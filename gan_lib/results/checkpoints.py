@@ -1,15 +1,12 @@
 """Checkpoints: written with a checksum, verified when read, thinned out as a run goes on.
 
-checkpoints/epoch_0107.pt          after epoch 107: all that is needed to go on exactly
-checkpoints/epoch_0107.pt.sha256   its checksum, as `sha256sum` writes it
-checkpoints/within_0108.pt         inside epoch 108, where somebody stopped at once
+Beside each lies its checksum, as `sha256sum` writes it: epoch_0107.pt.sha256.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +14,7 @@ import torch
 
 from gan_lib.base.errors import RunError
 from gan_lib.base.storage import Folder
-
-_NAME = re.compile(r"^(epoch|within)_(\d+)\.pt$")
+from gan_lib.results.files import epoch_path, epochs_of
 
 
 class DamagedCheckpointError(RunError):
@@ -40,8 +36,11 @@ class Position:
     @property
     def path(self) -> str:
         """Of the file, below the run directory."""
-        name = f"within_{self.epochs + 1:04d}" if self.within else f"epoch_{self.epochs:04d}"
-        return f"checkpoints/{name}.pt"
+        return (
+            epoch_path("within", self.epochs + 1)
+            if self.within
+            else epoch_path("checkpoints", self.epochs)
+        )
 
     def __str__(self) -> str:
         return f"inside epoch {self.epochs + 1}" if self.within else f"of epoch {self.epochs}"
@@ -59,22 +58,20 @@ class Checkpoints:
 
     def positions(self) -> list[Position]:
         """Those that there are, oldest first."""
-        found = filter(None, map(_NAME.match, self._folder.names("checkpoints")))
-        return sorted(
-            Position(int(m[2]) - 1, within=True) if m[1] == "within" else Position(int(m[2]))
-            for m in found
-        )
+        names = self._folder.names("checkpoints")
+        within = [Position(epoch - 1, within=True) for epoch in epochs_of("within", names)]
+        return sorted([*map(Position, epochs_of("checkpoints", names)), *within])
 
     def write(self, position: Position, state: dict[str, Any]) -> None:
         """Put a checkpoint in place."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        data = buffer.getvalue()
+        data = buffer.getbuffer()
         line = f"{hashlib.sha256(data).hexdigest()}  {position.path.rpartition('/')[2]}\n"
         # While the new file lies beside the old one's checksum it counts as damaged, and the
         # checkpoint before it is good: so the old checksum goes first.
         self._folder.remove(f"{position.path}.sha256")
-        self._folder.write(position.path, data)
+        self._folder.write(position.path, [data])
         self._folder.write(f"{position.path}.sha256", line.encode())
 
     def read(self, position: Position) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from matplotlib.text import Text
 
 from gan_lib.data.images import ImageSet, evenly_spread
 from gan_lib.gan.models import Generator, latent_vectors, render
+from gan_lib.results.files import LOSSES
 from gan_lib.results.pictures import gif_bytes, image_grid
-from gan_lib.results.run import LOSSES, Run
+from gan_lib.results.run import Run
 
 # Only what a notebook shows needs IPython; training on a cluster does without.
 if TYPE_CHECKING:

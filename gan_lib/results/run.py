@@ -1,45 +1,27 @@
-"""What comes back: the run directory, its writer and its reader.
-
-A run lives in one directory, here or in an object store:
-
-    parameters.json              what it was told; versions, world size, device
-    status.json                  what it is doing, or how it ended
-    records/epoch_0107.jsonl     one line per recorded iteration
-    samples/epoch_0107.png       the same latent vectors every time
-    checkpoints/epoch_0107.pt    all that is needed to go on; see gan_lib.results.checkpoints
-    stop                         somebody asks the run to end
-    regroup                      its supervisor asks it to go on with more workers
-    tensorboard/                 the same records for TensorBoard
-
-Every file is written whole and put in place at once, so a reader never sees
-half of one, and an epoch that is trained again replaces its own records.
-"""
+"""Reading a run directory, while the run goes on or a year later; it asks no cluster."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import re
-import time
-import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from gan_lib.base.checkout import CHECKOUT, IS_ONE
 from gan_lib.base.checks import check_type, require_range
 from gan_lib.base.errors import RunError, describe
 from gan_lib.base.storage import Folder
 from gan_lib.data.images import ImageSet, prepare_images
 from gan_lib.gan.models import Generator, generate_images
 from gan_lib.parameters import TrainingParameters
+from gan_lib.results import files
 from gan_lib.results.checkpoints import Checkpoints, Position
+from gan_lib.results.files import LOSSES, PARAMETERS, STATUS, STOP, epoch_path, epochs_of
 from gan_lib.results.pictures import read_png
 from gan_lib.sources import manifest
 from gan_lib.sources.listing import resolve_source
@@ -49,100 +31,6 @@ if TYPE_CHECKING:
 
     from gan_lib.jobs.job import Job
 
-# A checkout keeps its runs together, wherever a notebook was started from.
-RUNS = str((CHECKOUT if IS_ONE else Path.cwd()) / "runs")
-
-PARAMETERS, STATUS, STOP, REGROUP = "parameters.json", "status.json", "stop", "regroup"
-# The kinds of files that come once per epoch, with their endings.
-_PER_EPOCH = {"records": ".jsonl", "samples": ".png", "checkpoints": ".pt"}
-
-LOSSES = ("loss_d_real", "loss_d_fake", "loss_d", "loss_g")
-
-
-def new_run_url(name: str = "run") -> str:
-    """A place under `runs/` that no run has taken yet."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    return f"{RUNS}/{name}-{stamp}-{uuid.uuid4().hex[:4]}"
-
-
-def latest_run_url() -> str:
-    """The newest run under `runs/`.
-
-    Raises:
-        RunError: if there is none yet.
-    """
-    found = list(Path(RUNS).glob(f"*/{PARAMETERS}"))
-    if not found:
-        raise RunError(f"there is no run in {RUNS} yet: train one first (notebook 04)")
-    return str(max(found, key=lambda path: path.stat().st_mtime).parent)
-
-
-def epoch_path(kind: str, epoch: int) -> str:
-    """Path of an epoch's file below the run directory."""
-    return f"{kind}/epoch_{epoch:04d}{_PER_EPOCH[kind]}"
-
-
-class ResultsHandler(Protocol):
-    """Takes files of a run by their path below the run directory."""
-
-    def submit_result(self, path: str, data: str | bytes) -> None: ...
-
-
-class RunWriter(Folder):
-    """Writes files of one run directory, each whole or not at all."""
-
-    def submit_result(self, path: str, data: str | bytes) -> None:
-        """Put a file in place, replacing an older one of that name."""
-        self.write(path, data.encode() if isinstance(data, str) else data)
-
-    def request(self) -> str:
-        """What somebody asks for with the file `stop`: "epoch" or "now"; empty without one."""
-        try:
-            return self.read(STOP).decode().strip() or "epoch"
-        except FileNotFoundError:
-            return ""
-
-    def set_status(self, state: str, **details: Any) -> None:
-        """Say what the run is doing; see `RunStatus` for the states that there are."""
-        self.submit_result(STATUS, json.dumps({"state": state, "time": time.time(), **details}))
-
-
-def create_run(url: str, parameters: TrainingParameters) -> None:
-    """Reserve a run directory: nothing that an earlier run left there is touched.
-
-    Of several processes that want the same place at once, one gets it.
-
-    Raises:
-        RunError: if a run already lives there, or the place cannot be written.
-    """
-    writer = RunWriter(url)
-    try:
-        with writer.alone(PARAMETERS):
-            refuse_taken(url)
-            writer.set_status("waiting")
-            told = {"parameters": parameters.to_dict()}
-            writer.submit_result(PARAMETERS, json.dumps(told, indent=2))
-    except FileExistsError:
-        raise _taken(url) from None
-    except OSError as error:
-        raise RunError(f"the run directory {url} cannot be written: {error}") from error
-
-
-def refuse_taken(url: str) -> None:
-    """Raise RunError if a run lives there, unless it ended before it had made anything."""
-    if not RunWriter(url).exists(PARAMETERS):
-        return
-    run = Run(url)
-    made = run.epochs("records") or run.epochs("checkpoints")
-    if made or run.status().state in ("waiting", "training"):
-        raise _taken(url)
-
-
-def _taken(url: str) -> RunError:
-    return RunError(
-        f"{url} already holds a run: choose another place, or go on with it by resume=True"
-    )
-
 
 def open_run(url: str = "latest") -> Run:
     """Open a run to read it, while it goes on or a year later.
@@ -151,9 +39,14 @@ def open_run(url: str = "latest") -> Run:
         url: its directory, as a path or an address; "latest" is the newest under `runs/`.
 
     Raises:
-        RunError: if no run lives there.
+        RunError: if no run lives there, or there is none yet.
     """
-    return Run(latest_run_url() if url == "latest" else url)
+    if url != "latest":
+        return Run(url)
+    found = list(Path(files.RUNS).glob(f"*/{PARAMETERS}"))
+    if not found:
+        raise RunError(f"there is no run in {files.RUNS} yet: train one first (notebook 04)")
+    return Run(str(max(found, key=lambda path: path.stat().st_mtime).parent))
 
 
 @dataclass(frozen=True)
@@ -230,9 +123,7 @@ class Run:
 
     def epochs(self, kind: str) -> list[int]:
         """The epochs that have a file of this kind: "records", "samples" or "checkpoints"."""
-        paths = self._folder.names(kind)
-        pattern = re.compile(rf"^epoch_(\d+){re.escape(_PER_EPOCH[kind])}$")
-        return sorted(int(m.group(1)) for m in map(pattern.search, paths) if m)
+        return epochs_of(kind, self._folder.names(kind))
 
     def records(self, epochs: Sequence[int] | None = None) -> pd.DataFrame:
         """One row per recorded iteration: iteration, epoch, every loss, images/s.
@@ -329,7 +220,7 @@ class Run:
             now: within seconds, inside an epoch; if not, after the current epoch.
         """
         if self.status().state in ("waiting", "training"):
-            RunWriter(self.url).submit_result(STOP, "now" if now else "epoch")
+            self._folder.write(STOP, b"now" if now else b"epoch")
 
     def resume(
         self,
@@ -402,26 +293,3 @@ def _join(epochs: Sequence[int]) -> str:
     if len(epochs) > 8:
         return f"{len(epochs)} epochs from {epochs[0]} to {epochs[-1]}"
     return "epochs " + ", ".join(map(str, epochs)) if epochs else "none"
-
-
-def tensorboard_events(records: list[dict[str, Any]]) -> bytes:
-    """Records as one TensorBoard event file; the losses become scalars by iteration.
-
-    Raises:
-        ImportError: if tensorboard is not installed.
-    """
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    buffer = io.BytesIO()
-    writer = RecordWriter(buffer)
-    header = Event(wall_time=records[0]["time"], file_version="brain.Event:2")
-    writer.write(header.SerializeToString())
-    for record in records:
-        values = [Summary.Value(tag=name, simple_value=record[name]) for name in LOSSES]
-        event = Event(
-            wall_time=record["time"], step=record["iteration"], summary=Summary(value=values)
-        )
-        writer.write(event.SerializeToString())
-    return buffer.getvalue()

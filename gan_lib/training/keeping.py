@@ -22,19 +22,10 @@ from gan_lib.base.errors import RunError, describe
 from gan_lib.data.images import ImageSet
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.checkpoints import Checkpoints, Position
+from gan_lib.results.files import PARAMETERS, REGROUP, STATUS, STOP, epoch_path
 from gan_lib.results.pictures import image_grid, png_bytes
-from gan_lib.results.run import (
-    PARAMETERS,
-    REGROUP,
-    STATUS,
-    STOP,
-    ResultsHandler,
-    RunWriter,
-    create_run,
-    epoch_path,
-    open_run,
-    tensorboard_events,
-)
+from gan_lib.results.run import open_run
+from gan_lib.results.writing import ResultsHandler, RunWriter, create_run, tensorboard_events
 
 # How often the records of a long epoch are written while it goes on, for those who watch.
 SECONDS_BETWEEN_WRITES = 2.0

@@ -31,7 +31,8 @@ from gan_lib.data.images import ImageSet, prepare_images
 from gan_lib.gan.models import Discriminator, Generator, latent_vectors, render
 from gan_lib.gan.steps import autocast, discriminator_step, generator_step, unwrap
 from gan_lib.parameters import TrainingParameters
-from gan_lib.results.run import LOSSES, ResultsHandler
+from gan_lib.results.files import LOSSES
+from gan_lib.results.writing import ResultsHandler
 from gan_lib.training.keeping import Keeper, claim_run
 from gan_lib.training.ranks import (
     ATTEMPT_VARIABLE,
@@ -389,8 +390,7 @@ def _run_steps(
         losses.append(torch.stack([found[name] for name in LOSSES]) * batch.weight)
         due = training.iteration % p.record_every == 0
         complete = training.steps_done == batches.steps_per_epoch
-        leave = False
-        now = alone and LEAVE.is_set()
+        leave, now = False, alone and LEAVE.is_set()
         if due or complete or now or len(losses) == STEPS_BETWEEN_EXCHANGES:
             wish = LEAVE.is_set() or (keeper is not None and keeper.asked_now)
             steps, leave = training.exchange(losses, wish)
