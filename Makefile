@@ -35,7 +35,7 @@ lock: $(READY)  ## write requirements.lock anew from pyproject.toml
 	  --generate-hashes pyproject.toml -o requirements.lock
 
 clean:  ## remove the environment and caches; runs and executed notebooks stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info
 
 # Made anew when the lock changes. The last line is reached only if all before it worked,
 # so an interrupted installation is taken up again.

@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         if options.command == "data":
-            return options.do(options)
+            code: int = options.do(options)
+            return code
         if options.parameters:
             print(profiles.parameter_table())
             return 0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
 from gan_lib.base.errors import ParameterError
+
+_T = TypeVar("_T")
 
 
 def refuse_unknown_names(given: Iterable[str], known: Iterable[str]) -> None:
@@ -20,18 +22,16 @@ def refuse_unknown_names(given: Iterable[str], known: Iterable[str]) -> None:
             raise ParameterError(f"there is no parameter {name!r}: {hint}")
 
 
-def check_type(name: str, expected: type, value: Any) -> Any:
+def check_type(name: str, expected: type[_T], value: Any) -> _T:
     """Return `value` as `expected` (int, float, bool or str), widening only an int to a float.
 
     Raises:
         ParameterError: if the value has another type, or is a float that is not finite.
     """
+    if expected is float and type(value) is int:
+        value = float(value)
     # bool is a subclass of int in Python, so `batch_size=True` would pass an isinstance check.
-    if type(value) is expected:
-        result = value
-    elif expected is float and type(value) is int:
-        result = float(value)
-    else:
+    if type(value) is not expected:
         a = "an" if expected is int else "a"
         hint = ""
         if expected is float and isinstance(value, str) and _reads_as_float(value):
@@ -40,9 +40,9 @@ def check_type(name: str, expected: type, value: Any) -> Any:
         raise ParameterError(
             f"{name} is {value!r} ({type(value).__name__}), expected {a} {expected.__name__}{hint}"
         )
-    if expected is float and not math.isfinite(result):
-        raise ParameterError(f"{name} is {result}, expected a finite number")
-    return result
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ParameterError(f"{name} is {value}, expected a finite number")
+    return value
 
 
 def _reads_as_float(text: str) -> bool:

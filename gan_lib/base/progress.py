@@ -13,12 +13,9 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
-
-if TYPE_CHECKING:
-    pass
 
 # Set by the notebook runner for the kernels that it starts.
 HEADLESS_VARIABLE = "GAN_LIB_HEADLESS"

@@ -243,7 +243,8 @@ class Folder:
         Raises:
             FileNotFoundError: if it is not there.
         """
-        return self.fs.cat_file(f"{self.root}/{path}")
+        found: bytes = self.fs.cat_file(f"{self.root}/{path}")
+        return found
 
     def read_all(self, paths: Sequence[str]) -> list[bytes]:
         """The contents of many files, read at the same time where that is faster.
@@ -251,7 +252,7 @@ class Folder:
         Raises:
             FileNotFoundError: if one is not there; its `filename` is the path.
         """
-        found = self.fs.cat_ranges(
+        found: list[Any] = self.fs.cat_ranges(
             [f"{self.root}/{path}" for path in paths], None, None, on_error="return"
         )
         for path, content in zip(paths, found, strict=True):
@@ -274,14 +275,15 @@ class Folder:
         """Bytes of a file; None if it is not there."""
         self.fs.invalidate_cache()
         try:
-            return self.fs.size(f"{self.root}/{path}")
+            found: int | None = self.fs.size(f"{self.root}/{path}")
         except FileNotFoundError:
             return None
+        return found
 
     def exists(self, path: str) -> bool:
         """Whether the file is there now."""
         self.fs.invalidate_cache()
-        return self.fs.exists(f"{self.root}/{path}")
+        return bool(self.fs.exists(f"{self.root}/{path}"))
 
     def is_mine(self, path: str) -> bool:
         """Whether a file lies on this machine and belongs to this user."""

@@ -13,7 +13,6 @@ import os
 import pkgutil
 import tempfile
 import zipfile
-from collections.abc import Sequence
 from typing import Any
 
 from distributed import Client
@@ -51,7 +50,8 @@ def _module_paths() -> list[str]:
 
 
 def _module_source(path: str) -> bytes:
-    return gan_lib.__spec__.loader.get_data(os.path.join(gan_lib.__path__[0], path))
+    # Not by opening it: the package itself may be inside such an archive.
+    return pkgutil.get_data("gan_lib", path) or b""
 
 
 def _checksum() -> str:
@@ -65,7 +65,7 @@ def _checksum() -> str:
 _IMPORTED = _checksum()
 
 
-def ship_package(client: Client, workers: Sequence[str] | None = None) -> None:
+def ship_package(client: Client, workers: list[str] | None = None) -> None:
     """Make this very gan_lib importable on the scheduler and on all workers, now and later.
 
     Where there is another version of it, nothing is changed: somebody else may be using it.
@@ -101,7 +101,7 @@ def _upload(client: Client) -> None:
         client.upload_file(archive)
 
 
-def _states(client: Client, workers: Sequence[str] | None) -> dict[str, list[str] | None]:
+def _states(client: Client, workers: list[str] | None) -> dict[str, list[str] | None]:
     """What the scheduler and each worker lack; None where gan_lib is missing, too."""
 
     def question() -> dict[str, Any]:

@@ -11,12 +11,17 @@ from typing import Any
 import dask
 import torch
 from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster, Nanny, Security
+from distributed import Client, Nanny, Security
 from distributed.client import ensure_default_client
 
 from gan_lib.base.errors import ClusterError, describe
 from gan_lib.cluster.shipping import ship_package
-from gan_lib.cluster.workers import in_thread, require_some_workers, wait_for_workers
+from gan_lib.cluster.workers import (
+    OwnCluster,
+    in_thread,
+    require_some_workers,
+    wait_for_workers,
+)
 
 LOOPBACK = "127.0.0.1"
 SECONDS_TO_CONNECT = 5
@@ -54,7 +59,7 @@ def start_cluster(n_workers: int | None = None, device: str = "auto") -> Client:
     n_workers = n_workers or n_gpus or CPU_COUNT
     shown = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))
     try:
-        cluster = LocalCluster(
+        cluster = OwnCluster(
             n_workers=n_workers,
             threads_per_worker=1,
             host=LOOPBACK,
@@ -72,8 +77,6 @@ def start_cluster(n_workers: int | None = None, device: str = "auto") -> Client:
             '`if __name__ == "__main__":`, because a worker begins by importing the script; '
             "anywhere else, see what they have printed"
         ) from None
-    # Others may shrink and grow by rules of their own, and belong to whoever made them.
-    cluster.made_by_gan_lib = True
     return Client(cluster)
 
 
@@ -130,7 +133,7 @@ def close_cluster(client: Client) -> None:
         end(client)
     cluster = client.cluster
     client.close()
-    if getattr(cluster, "made_by_gan_lib", False):
+    if isinstance(cluster, OwnCluster):
         cluster.close()
 
 
@@ -158,14 +161,14 @@ class _TrainingNanny(Nanny):
     """
 
     def __init__(
-        self, *arguments: Any, n_threads: int, gpus: Sequence[str], name: int, **named: Any
+        self, scheduler: str, *, n_threads: int, gpus: Sequence[str], name: int, **named: Any
     ) -> None:
         preload = [
             *dask.config.get("distributed.worker.preload"),
             # Ctrl-C in a terminal or a notebook reaches the workers too, and would end them.
             "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)",
         ]
-        super().__init__(*arguments, name=name, config=_WORKER_CONFIG, preload=preload, **named)
+        super().__init__(scheduler, name=name, config=_WORKER_CONFIG, preload=preload, **named)
         environment = {
             "MALLOC_TRIM_THRESHOLD_": _KEEP_MEMORY,
             "MALLOC_MMAP_THRESHOLD_": _KEEP_MEMORY,

@@ -13,8 +13,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-from distributed import Client, Scheduler
-from distributed.comm import get_address_host
+from distributed import Client, LocalCluster, Scheduler
+from distributed.comm.addressing import get_address_host
 
 from gan_lib.base.errors import ClusterError, WorkerLostError
 
@@ -28,6 +28,11 @@ SECONDS_OF_SILENCE = 10.0
 SECONDS_TO_ANSWER, SECONDS_TO_THINK = 180.0, 60.0
 # The keys of the tasks that are ranks begin with it.
 RANK_PREFIX = "rank-"
+
+
+class OwnCluster(LocalCluster):
+    """A cluster that `start_cluster` made: others belong to whoever made them, and may shrink
+    and grow by rules of their own."""
 
 
 @dataclass(frozen=True)
@@ -171,8 +176,7 @@ def _restart(client: Client, workers: Iterable[str]) -> None:
 def replace_lost_workers(client: Client) -> None:
     """Have a cluster that `start_cluster` made start again what it has lost for good."""
     cluster = client.cluster
-    made_here = getattr(cluster, "made_by_gan_lib", False)
-    if made_here and set(cluster.worker_spec) - set(cluster.workers):
+    if isinstance(cluster, OwnCluster) and set(cluster.worker_spec) - set(cluster.workers):
         # The same number as before: Dask then starts those that are missing.
         with contextlib.suppress(Exception):
             cluster.scale(len(cluster.worker_spec))
@@ -194,6 +198,7 @@ def wait_for_workers(client: Client, wanted: int) -> None:
     # `scheduler_info` may be a cache without workers; this asks.
     while (there := len(ask(client, client.nthreads))) < wanted:
         if time.monotonic() > deadline:
+            assert client.scheduler is not None  # it has just answered
             raise ClusterError(
                 f"the cluster has {there or 'no'} workers and {wanted} are needed: start more "
                 f"(`dask worker {client.scheduler.address}`)"

@@ -141,8 +141,8 @@ class Batches:
             images = torch.where(flips[:, None, None, None], images.flip(-1), images)
         if p.color_jitter > 0:
             rng = np.random.default_rng(stream_seed(p.seed, COLOURS, epoch, step))
-            factors = 1 + p.color_jitter * (2 * rng.random((n_total, 3))[share] - 1)
-            factors = torch.from_numpy(factors).to(images)
+            drawn = 1 + p.color_jitter * (2 * rng.random((n_total, 3))[share] - 1)
+            factors = torch.from_numpy(drawn).to(images)
             images = jitter_colours(images, factors, *p.normalisation)
         if p.noise > 0:
             # Drawn where it is used: a whole batch of pixels is too much to draw on each rank.

@@ -244,13 +244,13 @@ def read_boxes(annotation: bytes) -> list[Box]:
     """
     try:
         root = ElementTree.fromstring(annotation)
-        boxes = [
+        found = [
             tuple(float(box.findtext(side, "")) for side in ("xmin", "ymin", "xmax", "ymax"))
             for box in root.iter("bndbox")
         ]
     except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(f"its annotation cannot be read: {error}") from None
-    boxes = [(a, b, c, d) for a, b, c, d in boxes if c > a and d > b]
+    boxes = [(a, b, c, d) for a, b, c, d in found if c > a and d > b]
     if not boxes:
         raise ValueError("its annotation holds no box")
     return boxes

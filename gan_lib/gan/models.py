@@ -70,7 +70,8 @@ class Generator(nn.Module):
         self.apply(initialise_weights)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.layers(z.reshape(len(z), self.nz, 1, 1))
+        images: Tensor = self.layers(z.reshape(len(z), self.nz, 1, 1))
+        return images
 
 
 class Discriminator(nn.Module):
@@ -103,7 +104,8 @@ class Discriminator(nn.Module):
         self.apply(initialise_weights)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images).reshape(-1)
+        scores: Tensor = self.layers(images)
+        return scores.reshape(-1)
 
 
 def initialise_weights(module: nn.Module) -> None:

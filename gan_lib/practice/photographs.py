@@ -97,8 +97,8 @@ def _photograph(
     size = (round(dog.shape[1] * scale), round(dog.shape[0] * scale))
     large = Image.fromarray((dog * 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
     # Enlarged ten times a silhouette is soft: its edge is where it is half bright.
-    mask = np.asarray(large.filter(ImageFilter.GaussianBlur(2)), np.float32)
-    mask = np.clip((mask - 127) / 30 + 0.5, 0, 1)[..., None]
+    soft = np.asarray(large.filter(ImageFilter.GaussianBlur(2)), np.float32)
+    mask = np.clip((soft - 127) / 30 + 0.5, 0, 1)[..., None]
     x = int(rng.integers(width - size[0] + 1))
     y = int(rng.integers(max(0, horizon - size[1]), height - size[1] + 1))
     fur = np.array(COATS[coat], np.float32) + _texture(rng, size[1], size[0], 25)

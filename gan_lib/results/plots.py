@@ -89,11 +89,12 @@ def plot_real_and_generated(real: np.ndarray, generated: np.ndarray) -> Figure:
 def plot_images_per_class(images: ImageSet) -> Figure:
     """How many images each class has."""
     counts = images.images_per_class()
-    _, axes = _figure(figsize=(max(4.0, 0.12 * len(counts) + 3), 3.2))
+    figure, axes = _figure(figsize=(max(4.0, 0.12 * len(counts) + 3), 3.2))
     axes.bar(range(len(counts)), list(counts.values()))
     if len(counts) <= 20:
         axes.set_xticks(range(len(counts)), list(counts), rotation=30, ha="right")
-    return _labelled(axes, f"{len(images):,} images of {images.source}", "class", "images")
+    _labelled(axes, f"{len(images):,} images of {images.source}", "class", "images")
+    return figure
 
 
 def plot_pixel_values(images: np.ndarray) -> Figure:
@@ -178,7 +179,7 @@ def plot_comparison(
 
 def plot_bars(values: Mapping[str, float], title: str, unit: str) -> Figure:
     """A bar for each name, with its value on it; by powers of ten if they differ hundredfold."""
-    _, axes = _figure(figsize=(1.5 + 1.6 * len(values), 3.4))
+    figure, axes = _figure(figsize=(1.5 + 1.6 * len(values), 3.4))
     bars = axes.bar(list(values), list(values.values()), width=0.6)
     axes.bar_label(bars, fmt="{:,.0f}")
     axes.margins(y=0.15)
@@ -188,7 +189,8 @@ def plot_bars(values: Mapping[str, float], title: str, unit: str) -> Figure:
         axes.yaxis.set_major_formatter("{x:,.0f}")  # matplotlib's own writes formulas
         axes.set_ylim(bottom=min(1, smallest / 10))
         unit += ", logarithmic"
-    return _labelled(axes, title, "", unit)
+    _labelled(axes, title, "", unit)
+    return figure
 
 
 def plot_shares(shares: Sequence[Sequence[np.ndarray]], title: str) -> Figure:
@@ -236,7 +238,7 @@ def animate_samples(run: Run, frames: int = 40, width: int = 256) -> display.Ima
 
 def plot_clock(run: Run) -> Figure:
     """Iterations by the clock; each restart is marked, and leaves a gap."""
-    _, axes = _figure(figsize=(8, 3.2))
+    figure, axes = _figure(figsize=(8, 3.2))
     records = run.records()
     started = records["time"].min()
     axes.plot(records["time"] - started, records["iteration"], ".", markersize=3)
@@ -246,7 +248,7 @@ def plot_clock(run: Run) -> Figure:
     n = len(run.status().restarts)
     for i in pauses.nlargest(n).index:
         axes.axvspan(*(records["time"][[i - 1, i]] - started), color="tab:red", alpha=0.15)
-    return axes.figure
+    return figure
 
 
 def latent_walk(generator: Generator, stops: int = 4, steps: int = 8, seed: int = 0) -> np.ndarray:
@@ -297,11 +299,10 @@ def _figure(*shape: int, figsize: tuple[float, float], **grid: Any) -> tuple[Fig
     return figure, axes
 
 
-def _labelled(axes: Axes, title: str, x: str, y: str) -> Figure:
+def _labelled(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    return axes.figure
 
 
 def _show(axes: Axes, picture: np.ndarray, title: str, fontsize: float | None = None) -> None:

@@ -47,7 +47,8 @@ def archives_of(name: str) -> dict[str, dict[str, Any]]:
     having = [known_name for known_name, entry in known.items() if "archives" in entry]
     if name not in having:
         raise SourceError(f"there is no archive of {name!r} to fetch: there is {', '.join(having)}")
-    return known[name]["archives"]
+    archives: dict[str, dict[str, Any]] = known[name]["archives"]
+    return archives
 
 
 def fetch(name: str, archives: Sequence[str]) -> list[Path]:

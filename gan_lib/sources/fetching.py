@@ -218,7 +218,9 @@ def _read_object(fs: Any, path: str, size: int, over: Event) -> bytes | Exceptio
     """One object, through obstore; through s3fs itself where that does not work."""
     bucket, key, _ = fs.split_path(path)
     store = open_bucket(fs, bucket)
-    for pause in PAUSES if store is not None else ():
+    if store is None:
+        return _read_once(fs, path, size)
+    for pause in PAUSES:
         try:
             answer = store.get(key)
             if answer.meta["size"] != size:
@@ -238,7 +240,7 @@ def _read_object(fs: Any, path: str, size: int, over: Event) -> bytes | Exceptio
             return TimeoutError("given up")
     # s3fs may know another way in; otherwise it says why there is none.
     found = _read_once(fs, path, size)
-    if store is not None and isinstance(found, bytes):
+    if isinstance(found, bytes):
         leave_to_s3fs(fs, bucket)
     return found
 

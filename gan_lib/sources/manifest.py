@@ -7,22 +7,18 @@ allows. An entry has either a `package` (images inside a Python package) or an
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import sys
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from gan_lib.base.checkout import CHECKOUT
 from gan_lib.base.errors import SourceError
-
-_PLACES = (
-    CHECKOUT / "data_manifest.json",
-    Path(__file__).parents[1] / "data_manifest.json",  # the archive that a cluster is sent
-    Path(sys.prefix) / "share" / "gan_lib" / "data_manifest.json",  # an installed wheel
-)
 
 
 @cache
@@ -32,21 +28,24 @@ def manifest_text() -> str:
     Raises:
         SourceError: if the installation has lost the file.
     """
-    for place in _PLACES:
-        try:
-            # The loader, because inside an uploaded zip there are no files to open.
-            return __spec__.loader.get_data(str(place)).decode()
-        except OSError:
-            continue
+    places = (
+        CHECKOUT,
+        resources.files("gan_lib"),  # in the archive that a cluster is sent
+        Path(sys.prefix, "share", "gan_lib"),  # of an installed wheel
+    )
+    for place in places:
+        with contextlib.suppress(OSError):
+            return place.joinpath("data_manifest.json").read_text(encoding="utf-8")
     raise SourceError(
-        f"data_manifest.json is in none of {', '.join(str(p.parent) for p in _PLACES)}: "
+        f"data_manifest.json is in none of {', '.join(map(str, places))}: "
         "install gan_lib again from a complete checkout"
     )
 
 
 def sources() -> dict[str, dict[str, Any]]:
     """Name -> entry of every known data source."""
-    return json.loads(manifest_text())["sources"]
+    found: dict[str, dict[str, Any]] = json.loads(manifest_text())["sources"]
+    return found
 
 
 def package_file(package: str, path: str, sha256: str) -> bytes:
@@ -63,7 +62,7 @@ def package_file(package: str, path: str, sha256: str) -> bytes:
         ) from None
     for file in files:
         if str(file) == path:
-            data = file.locate().read_bytes()
+            data = file.read_binary()
             found = hashlib.sha256(data).hexdigest()
             if found != sha256:
                 raise SourceError(

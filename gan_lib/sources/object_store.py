@@ -18,6 +18,7 @@ from obstore.store import S3Store
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
+    from obstore.store import S3Credential
 
 # A response that stops flowing for so many seconds is given up.
 SECONDS_OF_SILENCE = 10
@@ -86,7 +87,8 @@ def _list(store: S3Store, folder: str) -> list[ObjectMeta]:
 def _stores(fs: Any) -> dict[str, S3Store | None]:
     # Kept on the file system itself: another one of equal options may lead to another server,
     # because it was opened in another environment.
-    return vars(fs).setdefault("_gan_lib_stores", {})
+    stores: dict[str, S3Store | None] = vars(fs).setdefault("_gan_lib_stores", {})
+    return stores
 
 
 def _open(fs: Any, bucket: str) -> S3Store:
@@ -94,7 +96,7 @@ def _open(fs: Any, bucket: str) -> S3Store:
     endpoint = sync(fs.loop, fs._url, f"{bucket}/key").partition("?")[0].removesuffix("/key")
     in_path = endpoint.endswith(f"/{bucket}")
 
-    def credentials() -> dict[str, Any]:
+    def credentials() -> S3Credential:
         found = _frozen_keys(fs)
         # Those of a role expire; s3fs renews them when it is asked again. obstore asks when
         # less than 5 minutes are left, and lets all requests wait meanwhile.

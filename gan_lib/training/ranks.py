@@ -112,7 +112,7 @@ class Ranks:
 
 
 def _checksum(value: Tensor) -> str:
-    return hashlib.sha256(value.detach().cpu().contiguous().numpy()).hexdigest()
+    return hashlib.sha256(value.detach().cpu().contiguous().numpy().data).hexdigest()
 
 
 def restarts_before(attempt: str) -> int:
@@ -187,5 +187,6 @@ def distribute(module: nn.Module) -> DDP:
     """
     # torch 2.13 renamed the argument.
     names = inspect.signature(DDP.__init__).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    return DDP(module, **{name: False})
+    if "forward_sync_buffers" in names:
+        return DDP(module, forward_sync_buffers=False)
+    return DDP(module, broadcast_buffers=False)
