@@ -15,8 +15,8 @@ from distributed import Client
 
 from gan_lib.base.errors import DivergenceError, ParameterError, ReplicaError, RunError
 from gan_lib.base.storage import Folder
-from gan_lib.jobs.job import worth_a_retry
 from gan_lib.jobs.launching import launch, run_ranks
+from gan_lib.jobs.supervisor import worth_a_retry
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.checkpoints import Checkpoints, DamagedCheckpointError, Position
 from gan_lib.results.run import open_run

@@ -285,7 +285,7 @@ def test_two_clusters_with_each_others_runs(
                     launch(side.client, told[place].replace(seed=7), run=place)
             elif what == "resume":
                 side.start(place, told[place], resume=True)
-                assert owner(place) == side.job._name
+                assert owner(place) == side.job._supervisor.name
                 del before[place]
             else:
                 open_run(place).stop(now=what == "stop now")

@@ -1,131 +1,63 @@
-"""A training that can be left alone: watched over, and started again where it was interrupted.
-
-The client watches; the workers train. What a failed attempt leaves behind is a checkpoint, and
-the next attempt goes on from it on the workers that there are then.
-"""
+"""A training that can be left alone: what is held of it here, and how it ends with this process."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import threading
 import time
-import uuid
 import weakref
-from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import torch.distributed as dist
 from distributed import Client
-from distributed.scheduler import KilledWorker
 
-from gan_lib.base.errors import ClusterError, RunError, UserError, WorkerLostError, describe
 from gan_lib.cluster.starting import BEFORE_CLOSING
-from gan_lib.cluster.workers import Place, Watch, assign_places, replace_lost_workers
-from gan_lib.data.images import open_prepared
-from gan_lib.jobs.rank_group import RankGroup, start_ranks
-from gan_lib.parameters import TrainingParameters
-from gan_lib.results.files import PARAMETERS, REGROUP, STOP
-from gan_lib.results.run import Run, open_run
+from gan_lib.cluster.workers import Place
+from gan_lib.jobs.supervisor import Plan, Supervisor
 from gan_lib.results.watching import watch_run
-from gan_lib.results.writing import RunWriter
-from gan_lib.training.loop import TrainingResult, train_gan
 
-SECONDS_BETWEEN_LOOKS = 0.3
-# A worker that has just come may go again.
-SECONDS_TO_SETTLE = 3.0
-# How long too few workers are waited for.
-SECONDS_FOR_WORKERS = 600.0
-# How often, and for how long, a scheduler is asked that does not answer.
-SECONDS_BETWEEN_QUESTIONS, QUESTIONS = 2.0, 5
-# Seconds at most before storage is tried again that has failed.
-LONGEST_PAUSE = 30.0
 # How long a job may take to keep a checkpoint when its process or its cluster ends.
 SECONDS_TO_PART = 10.0
-# Those of this process.
-_JOBS: weakref.WeakSet[Job] = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a job does, and how it goes on when something fails.
-
-    Attributes:
-        parameters: what to train.
-        function: called on each rank.
-        n_workers: use at most this many; None uses all.
-        min_workers: go on with no fewer.
-        max_restarts: give up after so many.
-        grace: seconds to wait for as many workers as before.
-        prepared: folder of the images, where all ranks read it; empty has each prepare its own.
-        new_images: go on also if the images are not those that the run was trained on.
-    """
-
-    parameters: TrainingParameters
-    function: Callable[..., Any] = train_gan
-    n_workers: int | None = None
-    min_workers: int = 1
-    max_restarts: int = 10
-    grace: float = 20.0
-    prepared: str = ""
-    new_images: bool = False
+# Those of this process: also of jobs that nobody holds any more.
+_SUPERVISORS: weakref.WeakSet[Supervisor] = weakref.WeakSet()
 
 
 class Job:
-    """A training that runs on a cluster.
+    """A training that runs on a cluster, watched over, and started again where it is interrupted.
 
     Attributes:
         run: its run directory, to be read at any time.
-        workers: addresses of the workers, by rank.
-        restarts: why it was started again, a sentence for each time.
     """
 
     def __init__(
         self, client: Client, url: str, plan: Plan, places: list[Place], resume: bool
     ) -> None:
-        self.workers = [place.worker for place in places]
-        self.restarts: list[str] = []
-        self._writer = RunWriter(url)
-        self._client = client
-        self._plan = plan
-        self._name = uuid.uuid4().hex
-        self._watch = Watch(client)
-        self._joined_at: float | None = None
-        self._used: set[str] = set()
-        self._most: int | None = None
-        self._storage_failures = 0
-        self._results: list[Any] = []
-        self._error: BaseException | None = None
-        self._ended = threading.Event()
-        # What this process writes last of a job is that it parts from it.
-        self._saying = threading.RLock()
-        self._parted = False
-        self._has_begun = threading.Event()
-        self._writer.set_status("waiting", job=self._name)
-        if resume:
-            # Only now: until it was claimed, the run may have been another job's.
-            self._writer.remove(STOP)  # it came too late for the last job
-            told = open_run(url).info() | {"parameters": plan.parameters.to_dict()}
-            self._writer.submit_result(PARAMETERS, json.dumps(told, indent=2))
-        self.run: Run = open_run(url)
-        _JOBS.add(self)
-        threading.Thread(
-            target=self._supervise, args=(places, resume), name="supervising", daemon=True
-        ).start()
+        self._supervisor = Supervisor(client, url, plan, resume)
+        self.run = self._supervisor.run
+        _SUPERVISORS.add(self._supervisor)
+        self._supervisor.start(places)
 
     def wait_for_ranks(self) -> None:
         """Wait until another job that is launched next would see that these workers are taken."""
-        self._has_begun.wait()
+        self._supervisor.begun.wait()
 
     def abandon(self) -> None:
         """Have it keep a checkpoint and end, because nobody will get to hold it."""
-        _end([self])
+        _end([self._supervisor])
 
     def __repr__(self) -> str:
         return f"<Job {self.status} on {len(self.workers)} workers, {self.run.url}>"
+
+    @property
+    def workers(self) -> list[str]:
+        """Addresses of the workers, by rank."""
+        return self._supervisor.workers
+
+    @property
+    def restarts(self) -> list[str]:
+        """Why it was started again, a sentence for each time."""
+        return self._supervisor.restarts
 
     @property
     def status(self) -> str:
@@ -137,11 +69,11 @@ class Job:
 
     def done(self) -> bool:
         """Whether the job has ended, well or not."""
-        return self._ended.is_set()
+        return self._supervisor.ended.is_set()
 
     def error(self) -> BaseException | None:
         """What ended the job; None while it goes on, or if it ended well."""
-        return self._error
+        return self._supervisor.error
 
     def result(self, timeout: float | None = None) -> list[Any]:
         """Wait for the end; what each rank of the last attempt returned, by rank.
@@ -154,11 +86,11 @@ class Job:
             WorkerLostError: if a worker was lost once too often.
             TimeoutError: if it takes longer than `timeout`.
         """
-        if not self._ended.wait(timeout):
+        if not self._supervisor.ended.wait(timeout):
             raise TimeoutError(f"the job still runs after {timeout} s")
-        if self._error is not None:
-            raise self._error
-        return self._results
+        if self._supervisor.error is not None:
+            raise self._supervisor.error
+        return self._supervisor.results
 
     def watch(self) -> None:
         """Show the progress until the job ends, and raise its error if it fails.
@@ -174,190 +106,7 @@ class Job:
 
     def stop(self, now: bool = False) -> None:
         """Ask the job to end with a checkpoint: after the current epoch, or at once if `now`."""
-        if not self.done() and self._has_the_run():
-            self.run.stop(now)
-
-    def _has_the_run(self) -> bool:
-        """Whether no other job goes on with the run by now."""
-        return self.run.status().job.startswith(self._name)
-
-    def _claim(self) -> str:
-        """A new name in status.json: what is left of an earlier attempt writes nothing more.
-
-        Raises:
-            RunError: if another job goes on with the run by now.
-        """
-        attempt = f"{self._name}-{len(self.restarts)}-{uuid.uuid4().hex[:8]}"
-        self._say("waiting", attempt)
-        return attempt
-
-    def _say(self, state: str, attempt: str = "", **details: Any) -> None:
-        """Write what the job does.
-
-        Raises:
-            RunError: if another one goes on with the run by now, or nobody watches over this one.
-        """
-        with self._saying:
-            if self._parted or not self._has_the_run():
-                raise RunError(f"another job goes on with {self.run.url}: this one ends here")
-            job = attempt or self.run.status().job
-            self._writer.set_status(state, job=job, restarts=self.restarts, **details)
-
-    def _part(self) -> None:
-        """Say that nobody watches over this job any more, if it has not ended."""
-        with self._saying, contextlib.suppress(Exception):
-            if not self.done() and self.run.status().state in ("waiting", "training"):
-                self._say("interrupted")
-        self._parted = True
-
-    def _supervise(self, places: list[Place], resume: bool) -> None:
-        try:
-            while places:
-                wanted = self._plan.n_workers or len(places)
-                error = self._attempt(places, resume)
-                if error is not None:
-                    self._note(error)
-                elif self._wants_more_workers():
-                    wanted = len(places) + 1
-                else:
-                    return
-                places = self._workers_to_go_on_with(wanted)
-                resume = True
-        except BaseException as error:
-            self._error = error
-            with contextlib.suppress(Exception):
-                if self.run.status().state != "interrupted":
-                    self._say("failed", error=describe(error))
-        finally:
-            self._ended.set()
-
-    def _attempt(self, places: list[Place], resume: bool) -> BaseException | None:
-        """Train on these workers; what ended it, or None if it ended well."""
-        plan = self._plan
-        self.workers = [place.worker for place in places]
-        self._used |= set(self.workers)
-        arguments = {"parameters": plan.parameters, "run": self.run.url, "resume": resume}
-        function = plan.function
-        if function is train_gan:
-            function = _train
-            arguments |= {"prepared": plan.prepared, "new_images": plan.new_images}
-        try:
-            attempt = self._claim()
-            device = plan.parameters.device
-            futures = start_ranks(self._client, places, device, function, arguments, attempt)
-        except (OSError, KeyError, WorkerLostError) as lost:
-            # A worker that has gone in the meantime; the run directory cannot be written.
-            return lost if isinstance(lost, OSError) else WorkerLostError(str(lost))
-        finally:
-            self._has_begun.set()
-        group = RankGroup(self._client, futures, self._watch)
-        error = self._until_it_ends(group)
-        if error is None:
-            self._results = group.result()
-        return error
-
-    def _until_it_ends(self, group: RankGroup) -> BaseException | None:
-        unanswered = 0
-        while True:
-            try:
-                if group.done():
-                    return group.error()
-                self._let_new_workers_in()
-                unanswered = 0
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-            except Exception as error:
-                unanswered += 1
-                if self._client.status not in ("running", "connecting") or unanswered == QUESTIONS:
-                    raise ClusterError(
-                        "the client of this job has lost its cluster; its ranks keep a checkpoint "
-                        "if they can, and open_run(...).resume(client) goes on from it"
-                    ) from error
-                time.sleep(SECONDS_BETWEEN_QUESTIONS)
-
-    def _note(self, error: BaseException) -> None:
-        """Write down why there is another attempt, or raise `error` if there is none."""
-        if not worth_a_retry(error):
-            raise error
-        if len(self.restarts) == self._plan.max_restarts:
-            error.add_note(f"after {len(self.restarts)} restarts, which max_restarts allows")
-            raise error
-        # A disk that is full stays so for a while; a lost worker is no reason to wait.
-        self._storage_failures = self._storage_failures + 1 if isinstance(error, OSError) else 0
-        if self._storage_failures > 1:
-            time.sleep(min(2.0**self._storage_failures, LONGEST_PAUSE))
-        said = describe(error).splitlines()[0]
-        self.restarts.append(f"{time.strftime('%H:%M:%S')} {said}")
-        with contextlib.suppress(OSError):
-            self._claim()
-
-    def _workers_to_go_on_with(self, wanted: int) -> list[Place]:
-        """Wait for workers; none if somebody asks to stop meanwhile.
-
-        Raises:
-            ClusterError: if there are too few for too long.
-        """
-        plan = self._plan
-        began = time.monotonic()
-        while True:
-            waited = time.monotonic() - began
-            free: list[str] = []
-            # A scheduler that is too busy to answer may answer the next time.
-            with contextlib.suppress(OSError, WorkerLostError):
-                free = [worker for worker, sign in self._watch.alive().items() if not sign.busy]
-                self._watch.end_hanging(self._used)
-            least = plan.min_workers if waited > plan.grace else max(wanted, plan.min_workers)
-            if len(free) >= least:
-                return assign_places(free, self._most_ranks())
-            if self._writer.request():
-                self._say("stopped")
-                self._writer.remove(STOP)
-                return []
-            if waited > SECONDS_FOR_WORKERS:
-                raise ClusterError(
-                    f"{len(free)} workers are left and min_workers is {plan.min_workers}: start "
-                    "more, then open_run(...).resume(client) goes on from the last checkpoint"
-                )
-            replace_lost_workers(self._client)
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-
-    def _let_new_workers_in(self) -> None:
-        """Have the ranks end after this epoch if there are more workers than they use."""
-        if self._plan.function is not train_gan or len(self.workers) >= self._most_ranks():
-            return
-        replace_lost_workers(self._client)
-        signs = self._watch.alive()
-        if not any(not sign.busy for sign in signs.values()):
-            self._joined_at = None
-        elif self._joined_at is None:
-            self._joined_at = time.monotonic()
-        elif (
-            time.monotonic() - self._joined_at > SECONDS_TO_SETTLE
-            and not self._writer.exists(REGROUP)
-            and self._has_the_run()
-        ):
-            self._writer.submit_result(REGROUP, "")
-
-    def _most_ranks(self) -> int:
-        """As many as are allowed, and have an image each in every step."""
-        if self._most is None:
-            info = self.run.info()
-            if "steps_per_epoch" not in info:
-                return len(self.workers)
-            most = info["images"] // info["steps_per_epoch"]
-            self._most = min(most, self._plan.n_workers or most)
-        return self._most
-
-    def _wants_more_workers(self) -> bool:
-        first = self._results[0]
-        return isinstance(first, TrainingResult) and first.asked == "regroup" and first.stopped
-
-
-def _train(prepared: str, **told: Any) -> TrainingResult:
-    """On a rank: train on the images that were prepared when the job began.
-
-    Their source may have other files by now.
-    """
-    return train_gan(images=open_prepared(prepared) if prepared else None, **told)
+        self._supervisor.stop(now)
 
 
 def end_jobs(client: Client | None = None) -> None:
@@ -368,43 +117,24 @@ def end_jobs(client: Client | None = None) -> None:
     Args:
         client: only the jobs of this one; None means all.
     """
-    _end([job for job in _JOBS if client in (None, job._client)])
+    _end([each for each in _SUPERVISORS if client in (None, each.client)])
 
 
-def _end(jobs: Sequence[Job]) -> None:
-    running = [job for job in jobs if not job.done()]
+def _end(supervisors: Sequence[Supervisor]) -> None:
+    running = [each for each in supervisors if not each.ended.is_set()]
     deadline = time.monotonic() + SECONDS_TO_PART
     try:
-        for job in running:
-            print(f"the job in {job.run.url} is asked to stop, because what runs it ends")
+        for each in running:
+            print(f"the job in {each.run.url} is asked to stop, because what runs it ends")
             with contextlib.suppress(Exception):
-                job.stop(now=True)
-        for job in running:
-            job._ended.wait(max(0.0, deadline - time.monotonic()))
+                each.stop(now=True)
+        for each in running:
+            each.ended.wait(max(0.0, deadline - time.monotonic()))
     finally:
-        for job in running:
-            job._part()
+        for each in running:
+            each.part()
 
 
 # While there still are threads, which storage and Dask need: `atexit` comes after them.
 getattr(threading, "_register_atexit", atexit.register)(end_jobs)
 BEFORE_CLOSING.append(end_jobs)
-
-
-def worth_a_retry(error: BaseException) -> bool:
-    """Whether the same might go well on other workers, or a moment later.
-
-    Lost workers and connections, and storage that cannot be reached, are worth it; what the
-    user said, and an error in the code, would fail again.
-    """
-    if isinstance(error, UserError):
-        return isinstance(error, WorkerLostError)
-    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError):
-        return False
-    if isinstance(error, OSError | CancelledError | KilledWorker | dist.DistError):
-        return True
-    # gloo raises plain RuntimeErrors, told apart by nothing but their text.
-    said = str(error)
-    return isinstance(error, RuntimeError) and any(
-        sign in said for sign in ("gloo", "NCCL", "Connection closed by peer", "TCPStore")
-    )

@@ -19,8 +19,9 @@ from gan_lib.data.batches import check_images
 from gan_lib.data.checking import check_source
 from gan_lib.data.images import CacheNotSharedError, ImageSet, prepare_images
 from gan_lib.data.shards import INDEX
-from gan_lib.jobs.job import Job, Plan
+from gan_lib.jobs.job import Job
 from gan_lib.jobs.rank_group import RankGroup, start_ranks
+from gan_lib.jobs.supervisor import Plan
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.files import PARAMETERS
 from gan_lib.results.run import open_run

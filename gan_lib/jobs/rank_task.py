@@ -25,7 +25,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from distributed import Worker, get_worker
-from distributed.comm import get_address_host
+from distributed.comm.addressing import get_address_host
 
 from gan_lib.base.errors import ClusterError
 from gan_lib.training.ranks import ATTEMPT_VARIABLE, LEAVE
