@@ -21,8 +21,9 @@ from gan_lib.parameters import TrainingParameters
 from gan_lib.results.checkpoints import Checkpoints, DamagedCheckpointError, Position
 from gan_lib.results.run import open_run
 from gan_lib.results.writing import RunWriter
-from gan_lib.training import keeping
-from gan_lib.training.keeping import BackgroundWriter, Keeper
+from gan_lib.training import background
+from gan_lib.training.background import BackgroundWriter
+from gan_lib.training.keeping import RunKeeper
 from gan_lib.training.loop import train_gan
 from gan_lib.training.ranks import Ranks
 
@@ -72,7 +73,7 @@ def test_where_all_checkpoints_are_damaged(place: Path, tiny: TrainingParameters
     with pytest.raises(RunError, match=r"all checkpoints in .* are damaged"):
         train_gan(tiny.replace(checkpoint_every=1), run=str(place), resume=True)
     assert open_run(str(place)).epochs("records") == [1, 2, 3, 4]  # nothing was thrown away
-    keeper = Keeper(str(place), None, tiny)
+    keeper = RunKeeper(str(place), None, tiny)
     state, records, damaged = keeper.take_up(start_over=True)
     keeper.close()
     assert (state, records, len(damaged)) == ({}, [], 3)
@@ -92,14 +93,14 @@ def test_stopping_inside_an_epoch_changes_nothing(
 ) -> None:
     told = tiny.replace(max_images=640, epochs=2, record_every=record_every)  # 20 steps an epoch
     whole = train_gan(told)
-    keep = Keeper.keep_records
+    keep = RunKeeper.keep_records
 
-    def stop_at_7(self: Keeper, epoch: int, records: list[dict[str, Any]]) -> None:
+    def stop_at_7(self: RunKeeper, epoch: int, records: list[dict[str, Any]]) -> None:
         self.asked_now = records[-1]["iteration"] >= 27
         keep(self, epoch, records)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Keeper, "keep_records", stop_at_7)
+        patch.setattr(RunKeeper, "keep_records", stop_at_7)
         stopped = train_gan(told, run=str(tmp_path))
     assert stopped.stopped
     assert 27 <= stopped.iterations < 40
@@ -136,7 +137,7 @@ def test_stopping_two_ranks_at_once_and_going_on(
 def test_weights_that_are_not_finite_are_not_kept(
     tmp_path: Path, tiny: TrainingParameters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gan_lib.training.loop import Training
+    from gan_lib.training.networks import Training
 
     average = Training.average_statistics
 
@@ -172,12 +173,12 @@ def test_two_clusters_do_not_write_into_one_run(tmp_path: Path, tiny: TrainingPa
     place = str(tmp_path / "run")
     train_gan(tiny.replace(epochs=1), run=place)
     before = (tmp_path / "run" / "records" / "epoch_0001.jsonl").read_bytes()
-    sleeper = Keeper(place, None, tiny)
+    sleeper = RunKeeper(place, None, tiny)
     sleeper.keep_status("training")
     while open_run(place).status().state != "training":
         time.sleep(0.01)
     # Meanwhile another one goes on with the run.
-    other = Keeper(place, None, tiny)
+    other = RunKeeper(place, None, tiny)
     sleeper.keep_epoch(1, [], lambda: np.zeros((1, 2, 2, 1), np.uint8), dict, last=False)
     with pytest.raises(RunError, match="another job goes on"):
         sleeper.close()
@@ -187,7 +188,7 @@ def test_two_clusters_do_not_write_into_one_run(tmp_path: Path, tiny: TrainingPa
 
 def test_what_another_job_has_trained_is_not_deleted(place: Path, tiny: TrainingParameters) -> None:
     """A rank that was suspended while it looked for the newest checkpoint wakes up."""
-    sleeper = Keeper(str(place), None, tiny)
+    sleeper = RunKeeper(str(place), None, tiny)
     newest = sleeper._checkpoints.newest
 
     def meanwhile() -> Any:
@@ -207,7 +208,7 @@ def test_what_another_job_has_trained_is_not_deleted(place: Path, tiny: Training
 def test_what_cannot_be_written_for_a_moment_is_tried_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(keeping, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(background, "PAUSES", (0.01, 0.01))
     done: list[int] = []
     tries = 0
 
@@ -226,7 +227,7 @@ def test_what_cannot_be_written_for_a_moment_is_tried_again(
 
 
 def test_after_a_failure_nothing_more_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeping, "PAUSES", (0.01,))
+    monkeypatch.setattr(background, "PAUSES", (0.01,))
     done: list[int] = []
 
     def full() -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,15 +13,17 @@ from PIL import Image
 from torch import nn
 
 from gan_lib.base.errors import DivergenceError, ParameterError, RunError
+from gan_lib.data.batches import Batch, Batches
 from gan_lib.data.images import ImageSet, prepare_images
 from gan_lib.gan.models import Discriminator, Generator, latent_vectors
 from gan_lib.gan.steps import discriminator_step, gan_loss, generator_step
 from gan_lib.jobs.launching import run_ranks
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.run import open_run
-from gan_lib.training import keeping, ranks
+from gan_lib.training import background, ranks
 from gan_lib.training.loop import train_gan
-from gan_lib.training.ranks import distribute, speed_of_bfloat16
+from gan_lib.training.ranks import Ranks, distribute, speed_of_bfloat16
+from gan_lib.training.stopwatch import Stopwatch
 
 
 def test_records_say_how_long_a_step_waits_for_data(
@@ -28,6 +32,19 @@ def test_records_say_how_long_a_step_waits_for_data(
     records = train_gan(tiny, images=silhouettes, progress=False).records
     assert all(0 <= record["data_wait"] <= 1 for record in records)
     assert any(record["data_wait"] > 0 for record in records)
+
+
+def test_records_say_how_fast_it_goes_now(tiny: TrainingParameters, silhouettes: ImageSet) -> None:
+    stopwatch = Stopwatch()
+
+    def slow_at_first() -> Iterator[Batch]:
+        for pause, batch in zip((0.5, 0.0, 0.0), Batches(silhouettes, tiny).epoch(1), strict=True):
+            time.sleep(pause)
+            yield batch
+
+    first, *others = [stopwatch.record() for _ in stopwatch.over(slow_at_first())]
+    assert first["images_per_second"] <= 32 / 0.5
+    assert all(record["images_per_second"] > stopwatch.rate() for record in others)
 
 
 def test_gan_loss_is_the_published_one() -> None:
@@ -181,6 +198,18 @@ def test_bfloat16_that_is_emulated_is_told(
     assert "note: precision is bfloat16" in capsys.readouterr().out
 
 
+def means(value: float) -> tuple[list[float], list[float]]:
+    mine = torch.full((3,), value + Ranks().rank)
+    return Ranks().mean(mine).tolist(), mine.tolist()
+
+
+def test_the_mean_over_the_ranks_leaves_what_each_rank_has(client: Client) -> None:
+    assert means(1.0) == ([1.0] * 3, [1.0] * 3)
+    assert run_ranks(client, means, device="cpu", value=1.0) == [
+        ([1.5] * 3, [1.0] * 3), ([1.5] * 3, [2.0] * 3)
+    ]  # fmt: skip
+
+
 def precision_with_one_slow_rank(parameters: TrainingParameters, run: str) -> str:
     from unittest.mock import patch
 
@@ -236,7 +265,7 @@ def test_stop_and_go_on(tmp_path: Path, tiny: TrainingParameters) -> None:
 def test_a_stop_is_asked_for_until_its_checkpoint_is_written(
     tmp_path: Path, tiny: TrainingParameters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeping, "PAUSES", (0.01,))
+    monkeypatch.setattr(background, "PAUSES", (0.01,))
     place = tmp_path / "run"
 
     class AsksWhereNoCheckpointCanBeWritten:

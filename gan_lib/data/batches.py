@@ -122,7 +122,7 @@ class Batches:
         for step, shares in enumerate(self._shares(epoch)[first_step:], first_step):
             start = sum(len(share) for share in shares[: self.rank])
             mine, n_total = shares[self.rank], sum(map(len, shares))
-            pixels = torch.from_numpy(self.images.pixels[mine]).to(self.device, non_blocking=True)
+            pixels = torch.from_numpy(self.images.pixels[mine]).to(self.device)
             # N x H x W x C seen as N x C x H x W is torch's channels_last: nothing is copied.
             images = normalise(pixels.permute(0, 3, 1, 2), *self.parameters.normalisation)
             share = slice(start, start + len(mine))

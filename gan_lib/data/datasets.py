@@ -19,14 +19,37 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gan_lib.base.errors import ParameterError, SourceError
+from gan_lib.data.batches import check_images
 from gan_lib.data.decoding import fit_image
-from gan_lib.data.images import ImageSet, evenly_spread
+from gan_lib.data.images import ImageSet, evenly_spread, prepare_images
+from gan_lib.parameters import TrainingParameters
 
 # A Dataset is mostly waiting for its store. Processes are no way out: a Dask worker is
 # daemonic, and may not start any.
 THREADS = 8
 # How many images are looked at before training starts.
 LOOK_AT = 8
+
+
+def training_images(
+    p: TrainingParameters,
+    images: ImageSet | Dataset[Any] | None,
+    resume: bool = False,
+    progress: bool = True,
+) -> ImageSet:
+    """What is trained on: these images, or those of `p.source`.
+
+    Raises:
+        As `prepare_images`, `dataset_images` and `check_images`.
+    """
+    if images is None:
+        images = prepare_images(
+            p.source, p.image_size, p.channels, p.crop, p.max_images, progress=progress
+        )
+    elif not isinstance(images, ImageSet):
+        images = dataset_images(images, p.image_size, p.channels, p.crop)
+    check_images(images, p, resume)
+    return images
 
 
 def dataset_images(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gan_lib.data.pixels import denormalise
-from gan_lib.parameters import IMAGE_SIZES
+from gan_lib.parameters import IMAGE_SIZES, TrainingParameters
 
 # Both networks meet the image at 4 x 4 pixels, where a latent vector becomes
 # feature maps and feature maps become a score.
@@ -106,6 +106,11 @@ class Discriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         scores: Tensor = self.layers(images)
         return scores.reshape(-1)
+
+
+def generator_of(p: TrainingParameters) -> Generator:
+    """A new generator as the parameters describe it."""
+    return Generator(p.image_size, p.channels, p.nz, p.ngf, p.normalisation)
 
 
 def initialise_weights(module: nn.Module) -> None:

@@ -27,8 +27,8 @@ from gan_lib.results.files import PARAMETERS
 from gan_lib.results.run import open_run
 from gan_lib.results.writing import create_run, new_run_url, refuse_taken
 from gan_lib.sources.listing import resolve_source
-from gan_lib.training.keeping import refuse_differences, refuse_other_images
 from gan_lib.training.loop import train_gan
+from gan_lib.training.resuming import refuse_differences, refuse_other_images
 
 
 def launch(

@@ -17,7 +17,7 @@ from gan_lib.base.checks import check_type, require_range
 from gan_lib.base.errors import RunError, describe
 from gan_lib.base.storage import Folder
 from gan_lib.data.images import ImageSet, prepare_images
-from gan_lib.gan.models import Generator, generate_images
+from gan_lib.gan.models import Generator, generate_images, generator_of
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results import files
 from gan_lib.results.checkpoints import Checkpoints, Position
@@ -202,8 +202,7 @@ class Run:
 
     def generator(self, epoch: int | str = "latest") -> Generator:
         """The generator as it was after an epoch, in eval mode on the CPU."""
-        p = self.parameters
-        generator = Generator(p.image_size, p.channels, p.nz, p.ngf, p.normalisation)
+        generator = generator_of(self.parameters)
         state = self.checkpoint(epoch)
         with self._understanding("checkpoints"):
             generator.load_state_dict(state["generator"])

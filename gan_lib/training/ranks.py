@@ -12,7 +12,8 @@ import inspect
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,17 @@ class Ranks:
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over the ranks, on every rank."""
-        if self.distributed:
-            dist.all_reduce(values)
-        return values / self.world_size
+        if not self.distributed:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total / self.world_size
+
+    def exchange(self, losses: list[Tensor], wish: bool) -> tuple[list[list[float]], bool]:
+        """The means of some steps' losses over the ranks, and whether any rank wishes to leave."""
+        mine = torch.stack([*losses, torch.full_like(losses[0], float(wish))])
+        *means, wishes = self.mean(mine).tolist()
+        return means, wishes[0] > 0
 
     def from_first(self, compute: Callable[[], Any]) -> Any:
         """What rank 0 computes, or raises, on every rank."""
@@ -96,7 +105,7 @@ class Ranks:
             ReplicaError: naming the first rank and tensor that differ from those of rank 0.
         """
         mine = {
-            f"{name}.{key}": _checksum(value)
+            f"{name}.{key}": weights_checksum({key: value})
             for name, module in networks.items()
             for key, value in unwrap(module).state_dict().items()
         }
@@ -109,10 +118,6 @@ class Ranks:
                         "train the same networks (bad memory, another version of torch, or a "
                         "change that one rank made alone). The last checkpoint is from before"
                     )
-
-
-def _checksum(value: Tensor) -> str:
-    return hashlib.sha256(value.detach().cpu().contiguous().numpy().data).hexdigest()
 
 
 def restarts_before(attempt: str) -> int:
@@ -170,13 +175,12 @@ def speed_of_bfloat16(device: torch.device) -> str:
     return "slower" if not told or "avx512_bf16" in told or "bf16" in told else "emulated"
 
 
-def weights_checksum(*modules: nn.Module) -> str:
+def weights_checksum(*states: Mapping[str, Tensor]) -> str:
     """SHA-256 of all weights and buffers: equal where training left equal replicas."""
     digest = hashlib.sha256()
-    for module in modules:
-        for name, value in unwrap(module).state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    for name, value in chain.from_iterable(state.items() for state in states):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy())
     return digest.hexdigest()
 
 

@@ -14,9 +14,10 @@ class Stopwatch:
     """How fast it goes, and which part of the time goes into waiting for the next batch."""
 
     def __init__(self) -> None:
-        self._waited = 0.0
         self._n_images = 0
-        self._started = self._since = time.perf_counter()
+        self._started = time.perf_counter()
+        # Since the last record.
+        self._n_new, self._waited, self._since = 0, 0.0, self._started
 
     def over(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; their images, and the time that each takes to come, are counted."""
@@ -27,6 +28,7 @@ class Stopwatch:
             if batch is None:
                 return
             self._n_images += batch.n_total
+            self._n_new += batch.n_total
             yield batch
 
     def seconds(self) -> float:
@@ -38,13 +40,14 @@ class Stopwatch:
         return self._n_images / self.seconds()
 
     def record(self) -> dict[str, float]:
-        """For a record: `rate`, the share of the time since the last record that was waited for
-        data (0 to 1), and the time of day."""
+        """For a record: the images per second since the last one, the share of that time that was
+        waited for data (0 to 1), and the time of day."""
         now = time.perf_counter()
-        share = self._waited / (now - self._since)
-        self._waited, self._since = 0.0, now
-        return {
-            "images_per_second": round(self.rate(), 2),
+        seconds = now - self._since
+        told = {
+            "images_per_second": round(self._n_new / seconds, 2),
             "time": round(time.time(), 3),
-            "data_wait": round(share, 4),
+            "data_wait": round(self._waited / seconds, 4),
         }
+        self._n_new, self._waited, self._since = 0, 0.0, now
+        return told
