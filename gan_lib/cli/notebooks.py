@@ -180,7 +180,7 @@ class _Stop(threading.Event):
         again.start()
 
 
-class _Client(PapermillNotebookClient):
+class _Client(PapermillNotebookClient):  # type: ignore[misc]  # papermill ships no types
     """papermill's own, which also says when a cell is done, and can be stopped."""
 
     def __init__(self, nb_man: Any, on_cell: Callable[[], None], stop: _Stop, **options: Any):
@@ -213,7 +213,7 @@ class _Client(PapermillNotebookClient):
     _cleanup_kernel = run_sync(_async_cleanup_kernel)
 
 
-class _WatchedEngine(Engine):
+class _WatchedEngine(Engine):  # type: ignore[misc]  # papermill ships no types
     """papermill's own engine, with our client."""
 
     @classmethod

@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -180,5 +180,5 @@ class _DatasetPixels:
         return ""
 
 
-def _is_float(image: Any) -> bool:
+def _is_float(image: Any) -> TypeGuard[np.ndarray]:
     return isinstance(image, np.ndarray) and image.dtype.kind == "f"

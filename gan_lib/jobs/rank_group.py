@@ -40,7 +40,7 @@ def start_ranks(
     function: Callable[..., Any],
     arguments: dict[str, Any],
     attempt: str = "",
-) -> dict[str, Future]:
+) -> dict[str, Future[Any]]:
     """Start one rank on each place; worker -> future, by rank.
 
     Raises:
@@ -89,7 +89,7 @@ class RankGroup:
     """
 
     def __init__(
-        self, client: Client, futures: Mapping[str, Future], watch: Watch | None = None
+        self, client: Client, futures: Mapping[str, Future[Any]], watch: Watch | None = None
     ) -> None:
         self.workers = list(futures)
         self._client = client

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from distributed import Worker, get_worker
 from distributed.comm.addressing import get_address_host
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported, untold
 
 from gan_lib.base.errors import ClusterError
 from gan_lib.training.ranks import ATTEMPT_VARIABLE, LEAVE
@@ -93,7 +94,7 @@ def listen(host: str) -> int:
     _LISTENERS.clear()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, 0), family=family, backlog=1024)
-    port = listener.getsockname()[1]
+    port: int = listener.getsockname()[1]
     _LISTENERS[port] = listener
     return port
 
@@ -153,7 +154,7 @@ def work_as_rank(function: Callable[..., Any], arguments: dict[str, Any], task: 
             dist.destroy_process_group()
 
 
-def _meet(task: RankTask) -> dist.TCPStore:
+def _meet(task: RankTask) -> TCPStore:
     """The store through which the ranks find each other; it is served by rank 0.
 
     Raises:
@@ -169,7 +170,7 @@ def _meet(task: RankTask) -> dist.TCPStore:
         try:
             if not is_first:
                 socket.create_connection((task.host, task.port), SECONDS_TO_CONNECT).close()
-            store = dist.TCPStore(
+            store = TCPStore(
                 task.host,
                 task.port,
                 task.world_size,
@@ -209,7 +210,8 @@ def _leave_when_unwanted(
         return
     # It waits for another rank that will never answer.
     with contextlib.suppress(Exception):
-        dist.group.WORLD.abort()
+        if dist.group.WORLD is not None:
+            dist.group.WORLD.abort()
     for connection in psutil.Process().net_connections("tcp"):
         if (connection.laddr, connection.raddr) not in before and connection.raddr:
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as sock:
@@ -224,9 +226,11 @@ def _portable(error: Exception) -> tuple[Exception, TracebackType | None]:
     """The error and its traceback, or its text if it cannot travel."""
     try:
         # distributed has taught pickle to carry tracebacks.
-        return pickle.loads(pickle.dumps((error, error.__traceback__)))
+        found: tuple[Exception, TracebackType | None]
+        found = pickle.loads(pickle.dumps((error, error.__traceback__)))
     except Exception:
         return RuntimeError("".join(traceback.format_exception(error))), None
+    return found
 
 
 def _dask_network(worker: Worker) -> dict[str, str]:

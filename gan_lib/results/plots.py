@@ -345,4 +345,5 @@ def _spread(epochs: Sequence[int], n: int) -> list[int]:
 def _slerp(a: np.ndarray, b: np.ndarray, t: float) -> np.ndarray:
     cosine = np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b))
     angle = np.arccos(np.clip(cosine, -1.0, 1.0))
-    return (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)
+    point: np.ndarray = (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)
+    return point

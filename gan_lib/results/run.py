@@ -116,10 +116,12 @@ class Run:
         with self._understanding(STATUS):
             told = check_type("it", dict, json.loads(data))
             told["restarts"] = tuple(map(str, told.get("restarts", ())))
-            known = [field for field in fields(RunStatus) if field.name in told]
-            return RunStatus(
-                **{f.name: check_type(f.name, type(f.default), told[f.name]) for f in known}
-            )
+            known: dict[str, Any] = {
+                field.name: check_type(field.name, type(field.default), told[field.name])
+                for field in fields(RunStatus)
+                if field.name in told
+            }
+            return RunStatus(**known)
 
     def epochs(self, kind: str) -> list[int]:
         """The epochs that have a file of this kind: "records", "samples" or "checkpoints"."""
@@ -131,12 +133,16 @@ class Run:
         Args:
             epochs: only these; None means all.
         """
+        return pd.DataFrame(self.record_lines(epochs))
+
+    def record_lines(self, epochs: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """The same as `records`, as they were written."""
         chosen = self.epochs("records") if epochs is None else epochs
         lines: list[dict[str, Any]] = []
         for epoch, data in zip(chosen, self._read("records", chosen), strict=True):
             with self._understanding(epoch_path("records", epoch)):
                 lines += [_record(line) for line in data.decode().splitlines()]
-        return pd.DataFrame(lines)
+        return lines
 
     def samples(self, epochs: Sequence[int] | None = None) -> dict[int, np.ndarray]:
         """Epoch -> its picture, the same latent vectors in a grid: uint8, H x W x C."""
