@@ -285,7 +285,7 @@ def test_a_cluster_without_gan_lib_gets_it(tiny: TrainingParameters, tmp_path: P
 CHANGED = """
 import pathlib
 import gan_lib
-from gan_lib.cluster import close_cluster, run_ranks, start_cluster
+from gan_lib import close_cluster, run_ranks, start_cluster
 
 if __name__ == "__main__":
     file = pathlib.Path(gan_lib.__path__[0], "gan", "steps.py")
