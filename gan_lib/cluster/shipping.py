@@ -40,25 +40,19 @@ def package_state() -> tuple[str, list[str]]:
     return package_checksum(), missing
 
 
-def _module_paths() -> list[str]:
-    """Of the package's files, below its folder."""
-    found = ["__init__.py"]
+def _files() -> dict[str, bytes]:
+    """The package's own source and manifest: path below its folder -> content."""
+    paths = ["__init__.py"]
     for module in pkgutil.walk_packages(gan_lib.__path__, "gan_lib."):
         path = module.name.removeprefix("gan_lib.").replace(".", "/")
-        found.append(f"{path}/__init__.py" if module.ispkg else f"{path}.py")
-    return sorted(found)
-
-
-def _module_source(path: str) -> bytes:
-    # Not by opening it: the package itself may be inside such an archive.
-    return pkgutil.get_data("gan_lib", path) or b""
+        paths.append(f"{path}/__init__.py" if module.ispkg else f"{path}.py")
+    # Not by opening them: the package itself may be inside such an archive.
+    files = {path: pkgutil.get_data("gan_lib", path) or b"" for path in sorted(paths)}
+    return {**files, "data_manifest.json": manifest_text().encode()}
 
 
 def _checksum() -> str:
-    digest = hashlib.sha256(manifest_text().encode())
-    for path in _module_paths():
-        digest.update(_module_source(path))
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(_files().values())).hexdigest()
 
 
 # The files may change while the process lives, and what it runs does not.
@@ -95,9 +89,8 @@ def _upload(client: Client) -> None:
     with tempfile.TemporaryDirectory() as folder:
         archive = os.path.join(folder, f"gan_lib_{package_checksum()[:8]}.zip")
         with zipfile.ZipFile(archive, "w") as file:
-            for path in _module_paths():
-                file.writestr(f"gan_lib/{path}", _module_source(path))
-            file.writestr("gan_lib/data_manifest.json", manifest_text())
+            for path, content in _files().items():
+                file.writestr(f"gan_lib/{path}", content)
         client.upload_file(archive)
 
 

@@ -16,12 +16,7 @@ from distributed.client import ensure_default_client
 
 from gan_lib.base.errors import ClusterError, describe
 from gan_lib.cluster.shipping import ship_package
-from gan_lib.cluster.workers import (
-    OwnCluster,
-    in_thread,
-    require_some_workers,
-    wait_for_workers,
-)
+from gan_lib.cluster.workers import OwnCluster, in_thread, require_some_workers, wait_for_workers
 
 LOOPBACK = "127.0.0.1"
 SECONDS_TO_CONNECT = 5

@@ -44,22 +44,10 @@ class Place:
     local_rank: int
 
 
-@dataclass(frozen=True)
-class Sign:
-    """What the scheduler knows of a worker.
-
-    Attributes:
-        last_seen: the scheduler's time when it last reported.
-        busy: whether it is a rank, or is about to be one.
-    """
-
-    last_seen: float
-    busy: bool
-
-
-def _signs(dask_scheduler: Scheduler) -> dict[str, Sign]:
+def _signs(dask_scheduler: Scheduler) -> dict[str, tuple[float, bool]]:
+    """On the scheduler: worker -> when it last reported, and whether it is busy as a rank."""
     return {
-        address: Sign(
+        address: (
             worker.last_seen,
             any(str(task.key).startswith(RANK_PREFIX) for task in worker.processing),
         )
@@ -83,8 +71,8 @@ class Watch:
         # changed, by ours, which stands still while a laptop sleeps.
         self._seen: dict[str, tuple[float, float]] = {}
 
-    def alive(self) -> dict[str, Sign]:
-        """The workers that report.
+    def alive(self) -> dict[str, bool]:
+        """The workers that report -> whether each is a rank, or is about to be one.
 
         Raises:
             WorkerLostError: if the scheduler does not answer.
@@ -94,26 +82,33 @@ class Watch:
         old = self._seen
         self._seen = {
             worker: old[worker]
-            if worker in old and old[worker][0] == sign.last_seen
-            else (sign.last_seen, now)
-            for worker, sign in signs.items()
+            if worker in old and old[worker][0] == last_seen
+            else (last_seen, now)
+            for worker, (last_seen, _) in signs.items()
         }
-        return {worker: sign for worker, sign in signs.items() if not self._silent(worker)}
+        return {worker: busy for worker, (_, busy) in signs.items() if not self._silent(worker)}
 
     def end_hanging(self, workers: Iterable[str]) -> set[str]:
-        """Have those of these workers restarted that were silent for too long at the last look.
+        """End those of these workers that were silent for too long at the last look.
+
+        Their nannies, where there are any, start them anew.
 
         Returns:
             The workers that this has been done to, now or before: it is done once.
         """
-        hanging = {w for w in workers if w in self._seen and self._silent(w)} - self._ended
+        hanging = [w for w in workers if w not in self._ended and self._silent(w)]
         if hanging:
-            self._ended |= hanging
-            _restart(self._client, hanging)
+            self._ended.update(hanging)
+            # Whatever cannot be restarted is left out from now on.
+            with contextlib.suppress(Exception):
+                restart = self._client.restart_workers
+                ask(self._client, lambda: restart(hanging, timeout=20, raise_for_error=False))
         return self._ended
 
     def _silent(self, worker: str) -> bool:
-        return time.monotonic() - self._seen[worker][1] > self._patience
+        """Whether it is there, and has said nothing for too long."""
+        now = time.monotonic()
+        return now - self._seen.get(worker, (0.0, now))[1] > self._patience
 
 
 def in_thread(function: Callable[[], _T]) -> Future[_T]:
@@ -163,16 +158,6 @@ def ask(client: Client, question: Callable[[], _T], workers: Sequence[str] = ())
     )
 
 
-def _restart(client: Client, workers: Iterable[str]) -> None:
-    """End worker processes that hang; their nannies, where there are any, start them anew."""
-    # Whatever cannot be restarted is left out from now on.
-    with contextlib.suppress(Exception):
-        ask(
-            client,
-            lambda: client.restart_workers(list(workers), timeout=20, raise_for_error=False),
-        )
-
-
 def replace_lost_workers(client: Client) -> None:
     """Have a cluster that `start_cluster` made start again what it has lost for good."""
     cluster = client.cluster
@@ -219,11 +204,11 @@ def find_places(client: Client, wanted: int, most: int | None) -> list[Place]:
         ClusterError: if there are too few.
     """
     wait_for_workers(client, wanted)
-    signs = Watch(client).alive()
-    free = [worker for worker, sign in signs.items() if not sign.busy]
+    alive = Watch(client).alive()
+    free = [worker for worker, busy in alive.items() if not busy]
     if len(free) < wanted:
         raise ClusterError(
-            f"the cluster has {len(signs)} workers, {len(signs) - len(free)} of which train for "
+            f"the cluster has {len(alive)} workers, {len(alive) - len(free)} of which train for "
             f"another job, and {wanted} are needed: wait for that one, stop it, start more "
             "workers, or ask for fewer"
         )

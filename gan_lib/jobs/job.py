@@ -28,6 +28,8 @@ class Job:
 
     Attributes:
         run: its run directory, to be read at any time.
+        workers: addresses of the workers, by rank.
+        restarts: why it was started again, a sentence for each time.
     """
 
     def __init__(
@@ -35,6 +37,8 @@ class Job:
     ) -> None:
         self._supervisor = Supervisor(client, url, plan, resume)
         self.run = self._supervisor.run
+        self.workers = self._supervisor.workers
+        self.restarts = self._supervisor.restarts
         _SUPERVISORS.add(self._supervisor)
         self._supervisor.start(places)
 
@@ -48,16 +52,6 @@ class Job:
 
     def __repr__(self) -> str:
         return f"<Job {self.status} on {len(self.workers)} workers, {self.run.url}>"
-
-    @property
-    def workers(self) -> list[str]:
-        """Addresses of the workers, by rank."""
-        return self._supervisor.workers
-
-    @property
-    def restarts(self) -> list[str]:
-        """Why it was started again, a sentence for each time."""
-        return self._supervisor.restarts
 
     @property
     def status(self) -> str:

@@ -113,7 +113,7 @@ def launch(
             refuse_other_images(url, images)
     prepared = images.prepared if images is not None else ""
     plan = Plan(
-        parameters, function, n_workers, min_workers, max_restarts, grace, prepared, new_images
+        parameters, function, n_workers, min_workers, max_restarts, grace, new_images, prepared
     )
     job = None
     try:

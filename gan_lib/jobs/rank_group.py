@@ -54,9 +54,7 @@ def start_ranks(
     seen = ask(client, lambda: client.run(visible_gpus, workers=workers), workers)
     gpus, backend = [0] * len(places), "gloo"
     if device != "cpu":
-        gpus, backend = pick_gpus(
-            [seen[worker] for worker in workers], [place.local_rank for place in places]
-        )
+        gpus, backend = pick_gpus([seen[w] for w in workers], [p.local_rank for p in places])
     first, host = workers[:1], places[0].host
     (port,) = ask(client, lambda: client.run(listen, host, workers=first), first).values()
     name = uuid.uuid4().hex
@@ -168,10 +166,8 @@ class RankGroup:
         return [value for value in self._values.values() if isinstance(value, Failure)]
 
     def _still_running(self) -> bool:
-        gone = self._gone()
         self._failures()
-        ranks = range(len(self._futures))
-        return any(rank not in self._values and rank not in gone for rank in ranks)
+        return len(self._values) + len(self._gone()) < len(self._futures)
 
     def _gone(self) -> list[int]:
         # A task that is pinned to a worker waits for it for ever, also when it has died.

@@ -43,25 +43,16 @@ SECONDS_FOR_A_COLLECTIVE = 1800
 
 @dataclass(frozen=True)
 class RankTask:
-    """Which rank a worker is, and where it meets the others.
-
-    Attributes:
-        rank: its number.
-        world_size: how many ranks there are.
-        gpu: index of its GPU among those that the worker sees.
-        backend: of torch.distributed, "gloo" or "nccl".
-        host: address of rank 0's machine, as Dask knows it.
-        port: where rank 0 listens there.
-        attempt: of a supervised job; empty for ranks that nobody supervises.
-    """
+    """Which rank a worker is, and where it meets the others."""
 
     rank: int
     world_size: int
-    gpu: int
+    gpu: int  # index of its own among those that the worker sees
     backend: str
+    # Where rank 0 listens.
     host: str
     port: int
-    attempt: str = ""
+    attempt: str = ""  # of a supervised job
 
 
 @dataclass(frozen=True)
@@ -70,16 +61,11 @@ class Failure:
 
     It is returned and not raised: Dask would log every rank's error as it comes,
     the consequences before the cause.
-
-    Attributes:
-        error: that was raised.
-        traceback: of it, if it could travel.
-        order: which of the ranks it was to fail; infinite where that could not be counted,
-            because the meeting place was already gone.
     """
 
     error: BaseException
     traceback: TracebackType | None
+    # Where it could not be counted, because the meeting place was already gone, it is the last.
     order: float = math.inf
 
 
@@ -192,8 +178,7 @@ def _leave_when_unwanted(
 ) -> None:
     """In a thread beside a rank: have it end when its task is cancelled.
 
-    Dask cancels the task when its client ends or is lost, and a job does when one of its ranks
-    is lost.
+    Dask cancels it when its client ends or is lost, and a job does when one of its ranks is lost.
 
     Args:
         worker: that the rank runs on.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -9,6 +10,8 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from distributed import get_client, get_worker, wait
 
 from gan_lib.base.errors import RunError
 from gan_lib.results.writing import RunWriter
@@ -33,8 +36,6 @@ class DaskResultsHandler:
 
     def submit_result(self, path: str, data: str | bytes) -> None:
         """In a task: send `data` to be written to `path` below the client's folder."""
-        from distributed import get_worker
-
         message = {"path": path, "data": data, "id": uuid.uuid4().hex}
         get_worker().log_event(self.pub_sub_key, message)
 
@@ -48,8 +49,6 @@ class DaskResultsHandler:
             futures: of the job whose results these are.
             raise_errors: raise the error of the first future that fails, or log it and go on.
         """
-        from distributed import get_client, wait
-
         client = futures[0].client if futures else get_client()
         writer = RunWriter(str(prefix))
         messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -73,12 +72,9 @@ class DaskResultsHandler:
                             future.result()
                         logger.error("a rank failed", exc_info=error)
                 if not waiting:
-                    _write_all(messages, seen, writer)
                     break
-                try:
+                with contextlib.suppress(TimeoutError):
                     wait(waiting, timeout=0.2, return_when="FIRST_COMPLETED")
-                except TimeoutError:
-                    continue
         finally:
             client.unsubscribe_topic(self.pub_sub_key)
 
@@ -86,11 +82,8 @@ class DaskResultsHandler:
 def _write_all(
     messages: queue.SimpleQueue[dict[str, Any]], seen: set[str], writer: RunWriter
 ) -> None:
-    while True:
-        try:
-            message = messages.get_nowait()
-        except queue.Empty:
-            return
+    while not messages.empty():
+        message = messages.get()
         if message["id"] in seen:
             continue
         seen.add(message["id"])

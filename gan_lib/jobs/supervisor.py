@@ -43,27 +43,20 @@ LONGEST_PAUSE = 30.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job does, and how it goes on when something fails.
+    """What a job does, and how it goes on when something fails: the arguments of `launch`.
 
     Attributes:
-        parameters: what to train.
-        function: called on each rank.
-        n_workers: use at most this many; None uses all.
-        min_workers: go on with no fewer.
-        max_restarts: give up after so many.
-        grace: seconds to wait for as many workers as before.
         prepared: folder of the images, where all ranks read it; empty has each prepare its own.
-        new_images: go on also if the images are not those that the run was trained on.
     """
 
     parameters: TrainingParameters
-    function: Callable[..., Any] = train_gan
-    n_workers: int | None = None
-    min_workers: int = 1
-    max_restarts: int = 10
-    grace: float = 20.0
-    prepared: str = ""
-    new_images: bool = False
+    function: Callable[..., Any]
+    n_workers: int | None
+    min_workers: int
+    max_restarts: int
+    grace: float
+    new_images: bool
+    prepared: str
 
 
 class Supervisor:
@@ -116,7 +109,7 @@ class Supervisor:
 
     def start(self, places: list[Place]) -> None:
         """Go to work in a thread, on these workers at first."""
-        self.workers = [place.worker for place in places]
+        self.workers[:] = [place.worker for place in places]
         threading.Thread(
             target=self._supervise, args=(places,), name="supervising", daemon=True
         ).start()
@@ -157,7 +150,7 @@ class Supervisor:
     def _try_on(self, places: list[Place]) -> BaseException | None:
         """Train on these workers; what ended it, or None if it ended well."""
         plan = self._plan
-        self.workers = [place.worker for place in places]
+        self.workers[:] = [place.worker for place in places]
         self._used |= set(self.workers)
         arguments = {"parameters": plan.parameters, "run": self.run.url, "resume": self._resume}
         function = plan.function
@@ -226,7 +219,7 @@ class Supervisor:
             free: list[str] = []
             # A scheduler that is too busy to answer may answer the next time.
             with contextlib.suppress(OSError, WorkerLostError):
-                free = [worker for worker, sign in self._watch.alive().items() if not sign.busy]
+                free = [worker for worker, busy in self._watch.alive().items() if not busy]
                 self._watch.end_hanging(self._used)
             least = plan.min_workers if waited > plan.grace else max(wanted, plan.min_workers)
             if len(free) >= least:
@@ -248,8 +241,7 @@ class Supervisor:
         if self._plan.function is not train_gan or len(self.workers) >= self._most_ranks():
             return
         replace_lost_workers(self.client)
-        signs = self._watch.alive()
-        if not any(not sign.busy for sign in signs.values()):
+        if all(self._watch.alive().values()):
             self._joined_at = None
         elif self._joined_at is None:
             self._joined_at = time.monotonic()
