@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from gan_lib.base.addresses import refuse_credentials
 from gan_lib.base.checks import check_type, refuse_unknown_names, require_choice, require_range
 from gan_lib.base.errors import ParameterError
-from gan_lib.base.storage import refuse_credentials
 
 IMAGE_SIZES = (16, 32, 64, 128, 256)
 CROPS = ("center", "squash", "box")

@@ -26,7 +26,7 @@ from test_shards import make_folder
 
 from gan_lib.__main__ import main
 from gan_lib.sources import downloading, manifest
-from gan_lib.sources.listing import find_source
+from gan_lib.sources.source import find_source
 
 SCHEMA = json.loads(Path(__file__).parents[1].joinpath("data_manifest.schema.json").read_text())
 

@@ -15,7 +15,7 @@ from test_shards import make_folder
 
 from gan_lib.sources import fetching
 from gan_lib.sources.fetching import AHEAD, Unread, fetch_files
-from gan_lib.sources.listing import Source
+from gan_lib.sources.source import Source
 
 N, SIZE = 3 * AHEAD + 1, 3
 
@@ -57,7 +57,7 @@ def test_no_more_is_read_than_is_allowed(
     source: Source, monkeypatch: pytest.MonkeyPatch, threads: int, at_once: int
 ) -> None:
     monkeypatch.setattr(fetching, "AHEAD_BYTES", at_once * SIZE)
-    fs, _ = source.open()
+    fs = source.fs
     lock, n_read, n_used, most = threading.Lock(), 0, 0, 0
     original = fs.cat_file
 

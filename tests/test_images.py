@@ -19,6 +19,7 @@ from gan_lib.practice.photographs import make_photographs
 from gan_lib.practice.s3_server import serve_s3
 from gan_lib.sources import embedded, listing, manifest
 from gan_lib.sources.object_store import list_objects
+from gan_lib.sources.source import find_source
 
 BOX = (60.0, 50.0, 260.0, 310.0)
 
@@ -196,10 +197,10 @@ def test_s3_lists_the_same_through_obstore_and_s3fs(
     (folder / "a.txt").write_text("beside the class folders")
     place = f"{s3}/listed-{folder.parent.name}"
     upload(folder, place)
-    quick = listing.list_files(listing.find_source(place))
+    quick = listing.list_files(find_source(place))
     assert set(quick.paths) == {"a.txt", "beagle/a.png", "beagle/b.jpg", "spaniel/ü 犬 🐕.png"}
     monkeypatch.setattr(listing, "_find_objects", lambda *_: None)
-    assert listing.list_files(listing.find_source(place)) == quick
+    assert listing.list_files(find_source(place)) == quick
 
 
 def test_objects_that_mark_folders_are_no_files() -> None:

@@ -326,7 +326,8 @@ def test_as_many_images_as_were_asked_for(tmp_path: Path, cache: str) -> None:
 
 
 def test_shards_do_not_depend_on_who_makes_them(tmp_path: Path) -> None:
-    from gan_lib.sources.listing import find_source, list_files
+    from gan_lib.sources.listing import list_files
+    from gan_lib.sources.source import find_source
 
     files = list_files(find_source(str(make_folder(tmp_path / "dogs", n=50))))
     works = cut_into_shards(files, 16, 3, "center")

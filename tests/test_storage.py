@@ -12,8 +12,9 @@ import fsspec
 import pytest
 from PIL import Image
 
+from gan_lib.base.addresses import refuse_credentials, without_secrets
 from gan_lib.base.errors import ParameterError
-from gan_lib.base.storage import Folder, refuse_credentials, without_secrets
+from gan_lib.base.storage import Folder
 from gan_lib.data.checking import check_source
 from gan_lib.data.images import prepare_images
 from gan_lib.data.shards import open_pixels, read_index

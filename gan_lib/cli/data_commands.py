@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from gan_lib.parameters import CROPS, TrainingParameters
 from gan_lib.sources import manifest
-from gan_lib.sources.downloading import FOLDERS, archives_of, differences, fetch, fetched_folder
+from gan_lib.sources.downloading import archives_of, differences, fetch
+from gan_lib.sources.manifest import FOLDERS, fetched_folder
 
 if TYPE_CHECKING:
     from gan_lib.data.images import ImageSet
@@ -88,7 +89,8 @@ def _verify(options: argparse.Namespace) -> int:
         package_arrays(entry)  # raises if a checksum is another
         print(f"{options.name}: the package's files are those of the manifest")
         return 0
-    from gan_lib.sources.listing import find_source, list_files
+    from gan_lib.sources.listing import list_files
+    from gan_lib.sources.source import find_source
 
     place = find_source(options.source or options.name)
     wrong = differences(options.name, list_files(place).paths)

@@ -21,7 +21,7 @@ from gan_lib.base.checks import check_type, refuse_unknown_names
 from gan_lib.base.errors import ParameterError
 from gan_lib.data.checking import check_source
 from gan_lib.parameters import TrainingParameters
-from gan_lib.sources.listing import resolve_source
+from gan_lib.sources.source import resolve_source
 
 FOLDER = CHECKOUT / "notebooks"
 PROFILES = CHECKOUT / "profiles"

@@ -16,8 +16,9 @@ from typing import Any
 from distributed import Client
 from s3fs import S3FileSystem
 
+from gan_lib.base.addresses import without_secrets
 from gan_lib.base.errors import UserError, describe
-from gan_lib.base.storage import Folder, without_secrets
+from gan_lib.base.storage import Folder
 from gan_lib.cluster.workers import ask
 
 

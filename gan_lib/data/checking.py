@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from PIL import Image
 
-from gan_lib.base.storage import (
-    is_remote,
-)
+from gan_lib.base.addresses import is_remote
 from gan_lib.data.decoding import FORMATS
 from gan_lib.sources import manifest
 from gan_lib.sources.embedded import package_arrays
-from gan_lib.sources.listing import find_source, list_files, look_at, no_images
+from gan_lib.sources.listing import list_files, look_at
+from gan_lib.sources.source import find_source, no_images
 
 # How many files `check_source` opens before it trusts the rest of a folder.
 LOOK_AT = 20
@@ -32,7 +31,7 @@ def check_source(source: str) -> None:
     else:
         files = list_files(place)
         if len(files.paths) <= LOOK_AT and not any(
-            _opens(f"{files.root}/{path}") for path in files.paths
+            _opens(f"{files.source.root}/{path}") for path in files.paths
         ):
             raise no_images(files)
 

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from gan_lib.base.addresses import absolute, cache_home, prepared_cache
 from gan_lib.base.checks import check_type, require_choice, require_range
 from gan_lib.base.errors import ParameterError, SourceError
 from gan_lib.base.interrupts import interruptible
 from gan_lib.base.progress import ProgressBar
-from gan_lib.base.storage import Folder, absolute, cache_home, prepared_cache
+from gan_lib.base.storage import Folder
 from gan_lib.data.shards import (
     FORMAT,
     Work,
@@ -43,7 +44,8 @@ from gan_lib.data.shards import (
 from gan_lib.parameters import CROPS
 from gan_lib.sources import manifest
 from gan_lib.sources.embedded import package_images
-from gan_lib.sources.listing import Listing, find_source, list_files, look_at, no_images
+from gan_lib.sources.listing import list_files, look_at
+from gan_lib.sources.source import Listing, find_source, no_images
 
 if TYPE_CHECKING:
     from distributed import Client

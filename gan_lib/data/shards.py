@@ -30,13 +30,15 @@ from typing import Any
 import numpy as np
 from dask.system import CPU_COUNT
 
+from gan_lib.base.addresses import local_cache
 from gan_lib.base.errors import SourceError
-from gan_lib.base.storage import Folder, local_cache
+from gan_lib.base.storage import Folder
 from gan_lib.data.decoding import Box, decode_image, read_boxes
 from gan_lib.sources import manifest
-from gan_lib.sources.downloading import fetched_folder
 from gan_lib.sources.fetching import Unread, fetch_files
-from gan_lib.sources.listing import Listing, Source, find_source, list_files
+from gan_lib.sources.listing import list_files
+from gan_lib.sources.manifest import fetched_folder
+from gan_lib.sources.source import Listing, Source, find_source
 
 # Raised when other pixels come out of the same files, or other shards: what was prepared before
 # is not opened.
@@ -63,7 +65,6 @@ class Work:
     Attributes:
         number: of the shard.
         source: where the files are.
-        root: the source's folder, as its file system names it.
         paths: of the files, below the root.
         sizes: of the files, in bytes.
         image_size: pixels per side.
@@ -76,7 +77,6 @@ class Work:
 
     number: int
     source: Source
-    root: str
     paths: tuple[str, ...]
     sizes: tuple[int, ...]
     image_size: int
@@ -104,7 +104,7 @@ def cut_into_shards(
     boxes: list[tuple[str, int]] = [("", 0)] * n
     if annotations is not None:
         by_image = {
-            os.path.splitext(path)[0]: (f"{annotations.root}/{path}", size)
+            os.path.splitext(path)[0]: (f"{annotations.source.root}/{path}", size)
             for path, size in zip(annotations.paths, annotations.sizes, strict=True)
         }
         boxes = [by_image.get(os.path.splitext(path)[0], ("", 0)) for path in files.paths]
@@ -112,7 +112,7 @@ def cut_into_shards(
     for number, (start, stop) in enumerate(pairwise(starts)):
         part = slice(start, stop)
         work = Work(
-            number, files.source, files.root, files.paths[part], files.sizes[part],
+            number, files.source, files.paths[part], files.sizes[part],
             image_size, channels, crop,
         )  # fmt: skip
         if annotations is not None:
@@ -181,7 +181,7 @@ def _make_shard(work: Work, folder: Folder, sharing: int) -> dict[str, Any]:
         warnings.filterwarnings("ignore", module="PIL")
         decoded = fetch_files(
             work.source,
-            [f"{work.root}/{path}" for path in work.paths],
+            [f"{work.source.root}/{path}" for path in work.paths],
             work.sizes,
             lambda data, place: _decode(work, data, boxes[place]),
             threads=max(1, CPU_COUNT // sharing),
@@ -258,7 +258,6 @@ def make_index(
     names = names[: told["max_images"] or None]
     classes = sorted(set(names))
     number = {name: i for i, name in enumerate(classes)}
-    fs, _ = files.source.open()
     unread = [pair for shard in shards for pair in shard["unread"]]
     skipped = [*files.skipped, *(pair for shard in shards for pair in shard["skipped"]), *unread]
     return {
@@ -274,10 +273,7 @@ def make_index(
             for shard in shards
             if shard["count"]
         ],
-        "skipped": [
-            (files.source.clean(fs.unstrip_protocol(f"{files.root}/{path}")), why)
-            for path, why in sorted(map(tuple, skipped))
-        ],
+        "skipped": [(files.source.shown(path), why) for path, why in sorted(map(tuple, skipped))],
         # So many of them could not be read, and are worth another try.
         "unread": len(unread),
     }

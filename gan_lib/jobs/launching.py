@@ -9,9 +9,9 @@ from typing import Any
 
 from distributed import Client
 
+from gan_lib.base.addresses import absolute
 from gan_lib.base.errors import ParameterError, RunError, SourceError
 from gan_lib.base.interrupts import exit_on_sigterm, interruptible
-from gan_lib.base.storage import absolute
 from gan_lib.cluster.reach import failures, require_shared, see
 from gan_lib.cluster.shipping import ship_package
 from gan_lib.cluster.workers import find_places, require_some_workers, wait_for_workers
@@ -26,7 +26,7 @@ from gan_lib.parameters import TrainingParameters
 from gan_lib.results.files import PARAMETERS
 from gan_lib.results.run import open_run
 from gan_lib.results.writing import create_run, new_run_url, refuse_taken
-from gan_lib.sources.listing import resolve_source
+from gan_lib.sources.source import resolve_source
 from gan_lib.training.loop import train_gan
 from gan_lib.training.resuming import refuse_differences, refuse_other_images
 

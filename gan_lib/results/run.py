@@ -24,7 +24,7 @@ from gan_lib.results.checkpoints import Checkpoints, Position
 from gan_lib.results.files import LOSSES, PARAMETERS, STATUS, STOP, epoch_path, epochs_of
 from gan_lib.results.pictures import read_png
 from gan_lib.sources import manifest
-from gan_lib.sources.listing import resolve_source
+from gan_lib.sources.source import resolve_source
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -10,15 +10,15 @@ from gan_lib.base.lazy import lazily
 
 if TYPE_CHECKING:
     from gan_lib.sources.fetching import fetch_files as fetch_files
-    from gan_lib.sources.listing import find_source as find_source
     from gan_lib.sources.listing import list_files as list_files
     from gan_lib.sources.manifest import sources as sources
+    from gan_lib.sources.source import find_source as find_source
 
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     {
         "sources": "manifest",
-        "find_source": "listing",
+        "find_source": "source",
         "list_files": "listing",
         "fetch_files": "fetching",
     },

@@ -19,22 +19,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gan_lib.base.addresses import local_cache
 from gan_lib.base.errors import SourceError
 from gan_lib.base.progress import ProgressBar
-from gan_lib.base.storage import Folder, local_cache, open_to_append
+from gan_lib.base.storage import Folder, open_to_append
 from gan_lib.sources import manifest
+from gan_lib.sources.manifest import fetched_folder
 
-# The folder that each of Stanford's archives unpacks to.
-FOLDERS = {"images": "Images", "annotation": "Annotation", "lists": "lists"}
 CHUNK = 2**20
 SECONDS_OF_SILENCE = 30
 # Seconds before a broken download is taken up again.
 PAUSES = (1.0, 2.0, 4.0, 8.0)
-
-
-def fetched_folder(name: str, archive: str = "images") -> Path:
-    """Where `fetch` puts the content of an archive of a source."""
-    return Path(local_cache(), "sources", name, FOLDERS[archive])
 
 
 def archives_of(name: str) -> dict[str, dict[str, Any]]:

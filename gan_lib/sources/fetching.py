@@ -17,8 +17,8 @@ from dask.system import CPU_COUNT
 from fsspec.implementations.local import LocalFileSystem
 from obstore.exceptions import BaseError, GenericError, InvalidPathError
 
-from gan_lib.sources.listing import Source, cannot_be_read
 from gan_lib.sources.object_store import is_s3, leave_to_s3fs, open_bucket
+from gan_lib.sources.source import Source, cannot_be_read
 
 _T = TypeVar("_T")
 
@@ -65,7 +65,7 @@ def fetch_files(
     Raises:
         SourceError: if the source as a whole can no longer be read.
     """
-    fs, root = source.open()
+    fs = source.fs
     read = _reader(fs)
     # A disk answers at once: threads beyond the cores would only wait for each other.
     n_readers = CPU_COUNT if isinstance(fs, LocalFileSystem) else IN_FLIGHT
@@ -79,7 +79,7 @@ def fetch_files(
             if isinstance(found, Exception):
                 # Is it this file, or everything? A key that has expired cannot list either.
                 if not (read_any and isinstance(found, FileNotFoundError)):
-                    _check_that_it_lists(source, fs, root, found)
+                    _check_that_it_lists(source, found)
                 results[place] = _reason(source, found)
             else:
                 read_any = True
@@ -167,12 +167,10 @@ class _ReadAhead:
         self._wanted.put(None)  # for the next thread
 
 
-def _check_that_it_lists(
-    source: Source, fs: fsspec.AbstractFileSystem, root: str, error: Exception
-) -> None:
+def _check_that_it_lists(source: Source, error: Exception) -> None:
     try:
-        fs.invalidate_cache()
-        fs.ls(root)
+        source.fs.invalidate_cache()
+        source.fs.ls(source.root)
     except Exception:
         raise cannot_be_read(source, error) from None
 

@@ -17,8 +17,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from gan_lib.base.addresses import local_cache
 from gan_lib.base.checkout import CHECKOUT
 from gan_lib.base.errors import SourceError
+
+# The folder that each of Stanford's archives unpacks to.
+FOLDERS = {"images": "Images", "annotation": "Annotation", "lists": "lists"}
 
 
 @cache
@@ -46,6 +50,11 @@ def sources() -> dict[str, dict[str, Any]]:
     """Name -> entry of every known data source."""
     found: dict[str, dict[str, Any]] = json.loads(manifest_text())["sources"]
     return found
+
+
+def fetched_folder(name: str, archive: str = "images") -> Path:
+    """Where `fetch` puts the content of an archive of a source."""
+    return Path(local_cache(), "sources", name, FOLDERS[archive])
 
 
 def package_file(package: str, path: str, sha256: str) -> bytes:
