@@ -18,7 +18,7 @@ import fsspec
 import psutil
 import pytest
 from distributed import Client, Worker
-from foreign import foreign_cluster
+from foreign import foreign_cluster, started
 from PIL import Image
 
 from gan_lib.base.errors import RunError, WorkerLostError
@@ -312,6 +312,33 @@ def test_too_many_restarts_end_with_the_cause(
         job.result(timeout=60)
     assert job.status == "failed"
     assert "is gone" in job.run.status().error
+
+
+def test_no_fewer_workers_than_wanted_go_on(steady: TrainingParameters, tmp_path: Path) -> None:
+    place = str(tmp_path / "run")
+    with started(tmp_path) as cluster:
+        client = connect(cluster.address, 2)
+        try:
+            job = launch(client, steady, place, min_workers=2, grace=0)
+            wait_until(lambda: trains(job), "training", job)
+            cluster.processes[1].kill()
+            wait_until(lambda: len(job.restarts) == 1, "a restart", job)
+            cluster.add_worker()
+            wait_until(lambda: trains(job), "training on two", job)
+            assert job.run.info()["world_size"] == 2
+            job.stop()
+            job.result(timeout=60)
+            # Nobody else comes, and nobody is waited for.
+            more = launch(client, steady, place, resume=True, min_workers=1, grace=0)
+            wait_until(lambda: trains(more), "training", more)
+            cluster.processes[2].kill()
+            wait_until(lambda: len(more.workers) == 1 and trains(more), "training on one", more)
+            assert more.run.info()["world_size"] == 1
+            more.stop()
+            more.result(timeout=60)
+        finally:
+            close_cluster(client)
+    check_records(job.run)
 
 
 def die_when_the_ranks_meet() -> None:
