@@ -24,7 +24,7 @@ from gan_lib.cluster.workers import ask
 
 def failures(client: Client, function: Callable[..., None], *arguments: Any) -> dict[str, str]:
     """Call a function on each worker; worker -> why it fails there, for those where it does."""
-    names = [name for name in os.environ if name.startswith("AWS_")]
+    names = sorted(name for name in os.environ if name.startswith("AWS_"))
     found = ask(client, lambda: client.run(_try, function, arguments, names, on_error="return"))
     # An error that is no answer: the worker has gone.
     said = {w: describe(a) if isinstance(a, Exception) else a for w, a in found.items()}
