@@ -1,7 +1,6 @@
 """What does one rank do, from the first epoch or from a checkpoint to the end?
 
-It asks
-torch.distributed which rank it is, and knows nothing of Dask. Told by notebook 04.
+It asks torch.distributed which rank it is, and knows nothing of Dask. Told by notebook 04.
 """
 
 from typing import TYPE_CHECKING

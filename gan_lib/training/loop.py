@@ -192,7 +192,7 @@ def _run_epochs(
         asked=asked,
         run=None,
         records=all_records if ranks.rank == 0 else [],
-        generator=None if ranks.distributed else training.g.cpu().eval(),
+        generator=None if ranks.distributed else training.generator.cpu().eval(),
     )
 
 
@@ -205,24 +205,24 @@ def _run_steps(
     bar: ProgressBar,
 ) -> bool:
     """The steps of an epoch that are not done yet; True if the ranks are to stop at once."""
-    p, alone = training.parameters, not training.ranks.distributed
+    p, ranks, epoch = training.parameters, training.ranks, training.epoch + 1
     losses: list[Tensor] = []
-    for batch in stopwatch.over(batches.epoch(training.epoch + 1, training.steps_done)):
+    for batch in stopwatch.over(batches.epoch(epoch, training.steps_done)):
         found = training.step(batch)
         losses.append(torch.stack([found[name] for name in LOSSES]) * batch.weight)
         due = training.iteration % p.record_every == 0
         complete = training.steps_done == batches.steps_per_epoch
-        leave, now = False, alone and LEAVE.is_set()
+        leave, now = False, LEAVE.is_set() and not ranks.distributed
         if due or complete or now or len(losses) == STEPS_BETWEEN_EXCHANGES:
             wish = LEAVE.is_set() or keeper.asked_now
-            steps, leave = training.ranks.exchange(losses, wish)
+            steps, leave = ranks.exchange(losses, wish)
             training.check_losses(steps)
             losses = []
             if due:
-                record = {"iteration": training.iteration, "epoch": training.epoch + 1}
-                record |= dict(zip(LOSSES, steps[-1], strict=True)) | stopwatch.record()
-                records.append(record)
-                keeper.keep_records(training.epoch + 1, records)
+                place = {"iteration": training.iteration, "epoch": epoch}
+                means = dict(zip(LOSSES, steps[-1], strict=True))
+                records.append(place | means | stopwatch.record())
+                keeper.keep_records(epoch, records)
         bar.update(1, progress_text(records[-1], p.epochs) if records else "")
         if leave:
             return True

@@ -14,7 +14,7 @@ from gan_lib.base.errors import DivergenceError
 from gan_lib.base.seeds import LATENTS, SAMPLES, WEIGHTS, stream_seed
 from gan_lib.data.batches import Batch
 from gan_lib.gan.models import Discriminator, generator_of, latent_vectors, render
-from gan_lib.gan.steps import autocast, discriminator_step, generator_step, unwrap
+from gan_lib.gan.steps import autocast, discriminator_step, generator_step
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.files import LOSSES
 from gan_lib.training.ranks import Ranks, distribute, pick_precision
@@ -26,7 +26,10 @@ DIVERGED = (
 
 
 class Training:
-    """The two networks, their optimisers, and where in the run they are."""
+    """The two networks, their optimisers, and where in the run they are.
+
+    `g` and `d` are `generator` and `discriminator`, with several ranks wrapped in DDP.
+    """
 
     def __init__(self, parameters: TrainingParameters, ranks: Ranks, device: torch.device) -> None:
         p = self.parameters = parameters
@@ -39,10 +42,10 @@ class Training:
         with torch.random.fork_rng(devices=[]):
             # On the CPU, so that every device starts from the same weights.
             torch.manual_seed(stream_seed(p.seed, WEIGHTS))
-            g = generator_of(p)
-            d = Discriminator(p.image_size, p.channels, p.ndf)
-        self.g = self._place(g)
-        self.d = self._place(d)
+            self.generator = generator_of(p)
+            self.discriminator = Discriminator(p.image_size, p.channels, p.ndf)
+        self.g = self._place(self.generator)
+        self.d = self._place(self.discriminator)
         betas = (p.beta1, p.beta2)
         self.optimizer_g = torch.optim.Adam(self.g.parameters(), lr=p.lr_g, betas=betas)
         self.optimizer_d = torch.optim.Adam(self.d.parameters(), lr=p.lr_d, betas=betas)
@@ -51,11 +54,11 @@ class Training:
     @property
     def networks(self) -> dict[str, nn.Module]:
         """Both, by name, without their DDP wrappers."""
-        return {"generator": unwrap(self.g), "discriminator": unwrap(self.d)}
+        return {"generator": self.generator, "discriminator": self.discriminator}
 
     def _place(self, module: nn.Module) -> nn.Module:
         # channels_last is how the batches lie in memory, and what convolutions run fastest on.
-        module = module.to(self.device, memory_format=torch.channels_last)
+        module = module.to(self.device).to(memory_format=torch.channels_last)
         return distribute(module) if self.ranks.distributed else module
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
@@ -86,7 +89,7 @@ class Training:
 
     def draw(self) -> np.ndarray:
         """The images of the run's own latent vectors: uint8, N x H x W x C."""
-        return render(unwrap(self.g), self.sample_latents)
+        return render(self.generator, self.sample_latents)
 
     def check_losses(self, steps: list[list[float]]) -> None:
         """Raise DivergenceError for the first of the last `steps` that has no finite loss.

@@ -180,7 +180,7 @@ def weights_checksum(*states: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in chain.from_iterable(state.items() for state in states):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy())
+        digest.update(value.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
