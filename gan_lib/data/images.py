@@ -27,6 +27,7 @@ from gan_lib.base.errors import ParameterError, SourceError
 from gan_lib.base.interrupts import interruptible
 from gan_lib.base.progress import ProgressBar
 from gan_lib.base.storage import Folder
+from gan_lib.data.pixels import Pixels
 from gan_lib.data.shards import (
     FORMAT,
     Work,
@@ -82,7 +83,7 @@ class ImageSet:
         prepared: the folder in which they were prepared; empty if the pixels are in memory.
     """
 
-    pixels: np.ndarray
+    pixels: Pixels
     labels: np.ndarray
     classes: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = ()
@@ -109,8 +110,8 @@ class ImageSet:
         """SHA-256 that is equal on every rank that has the same images."""
         if self._checksum:
             return self._checksum
-        digest = hashlib.sha256(np.ascontiguousarray(self.pixels))
-        digest.update(np.ascontiguousarray(self.labels))
+        digest = hashlib.sha256(np.ascontiguousarray(self.pixels).data)
+        digest.update(np.ascontiguousarray(self.labels).data)
         return digest.hexdigest()
 
     def limited(self, max_images: int) -> ImageSet:
@@ -271,11 +272,12 @@ def _finished(folder: Folder) -> dict[str, Any] | None:
 
 def _prepare(folder: Folder, files: Listing, told: dict[str, Any], make: _Make) -> dict[str, Any]:
     """Make what is missing of a preparation, and return its index."""
-    for last in (False, True):
+    last = False
+    while True:
         # Another process may have done it by now: this one waited, or the lock is not seen there.
         index = _finished(folder)
         if index is not None:
-            break
+            return index
         tried, shards = _make_enough(files, told["max_images"], make)
         if not any(shard["count"] for shard in shards):
             found = [why for shard in shards for _, why in shard["skipped"] + shard["unread"]]
@@ -283,11 +285,11 @@ def _prepare(folder: Folder, files: Listing, told: dict[str, Any], make: _Make) 
         index = make_index(tried, shards, told)
         try:
             finish(folder, index)
-            break
+            return index
         except SourceError:
             if last:
                 raise
-    return index
+            last = True
 
 
 def _make_enough(
@@ -329,9 +331,9 @@ def _make_shards(
     done: dict[int, dict[str, Any]] = {}
     with ProgressBar(n_files, "preparing", "image", show=progress) as bar:
         for work in works:
-            info = finished_shard(folder, work)
-            if info is not None:
-                done[work.number] = info
+            there = finished_shard(folder, work)
+            if there is not None:
+                done[work.number] = there
                 bar.update(len(work.paths))
         missing = [work for work in works if work.number not in done]
         # Closed at once where it fails: the workers need not go on.
@@ -356,7 +358,7 @@ def _here(works: Sequence[Work], folder: Folder) -> _Made:
 
 def _on_workers(client: Client, works: Sequence[Work], folder: Folder) -> _Made:
     from distributed import as_completed
-    from distributed.comm import get_address_host
+    from distributed.comm.addressing import get_address_host
 
     from gan_lib.cluster.reach import failures, require_shared
     from gan_lib.cluster.shipping import ship_package

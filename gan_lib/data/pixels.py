@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
+import numpy as np
 import torch
 from torch import Tensor
+
+
+class Pixels(Protocol):
+    """What an array of uint8, N x H x W x C, does; others may read what they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Any, /) -> np.ndarray: ...
+
+    def __array__(self) -> np.ndarray: ...
 
 
 def normalise(pixels: Tensor, mean: float = 0.5, std: float = 0.5) -> Tensor:

@@ -133,9 +133,9 @@ class Run:
         Args:
             epochs: only these; None means all.
         """
-        return pd.DataFrame(self.record_lines(epochs))
+        return pd.DataFrame(self.plain_records(epochs))
 
-    def record_lines(self, epochs: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    def plain_records(self, epochs: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """The same as `records`, as they were written."""
         chosen = self.epochs("records") if epochs is None else epochs
         lines: list[dict[str, Any]] = []

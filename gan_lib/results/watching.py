@@ -105,7 +105,7 @@ def _newest_record(run: Run) -> dict[str, Any] | None:
     for epoch in reversed(run.epochs("records")):
         # A job that goes back to its last checkpoint deletes the records after it.
         with contextlib.suppress(RunError):
-            records = run.record_lines([epoch])
+            records = run.plain_records([epoch])
             if records:
                 return records[-1]
     return None

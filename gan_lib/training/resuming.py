@@ -146,7 +146,7 @@ def take_up(
     run = open_run(writer.url)
     records: list[dict[str, Any]] = []
     if position.within and position.epochs + 1 in run.epochs("records"):
-        known = run.records([position.epochs + 1]).to_dict("records")
+        known = run.plain_records([position.epochs + 1])
         records = [record for record in known if record["iteration"] <= state["iteration"]]
     # An iteration is recorded once: what follows the checkpoint is trained again.
     for kind in ("records", "samples"):
