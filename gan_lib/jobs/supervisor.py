@@ -27,7 +27,7 @@ from gan_lib.jobs.rank_group import RankGroup, start_ranks
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.files import PARAMETERS, REGROUP, STOP
 from gan_lib.results.run import open_run
-from gan_lib.results.writing import RunWriter
+from gan_lib.results.writing import OwnWriter
 from gan_lib.training.loop import TrainingResult, train_gan
 
 SECONDS_BETWEEN_LOOKS = 0.3
@@ -98,11 +98,9 @@ class Supervisor:
         # What this process writes last of a job is that it parts from it.
         self._saying = threading.RLock()
         self._parted = False
-        self._writer = RunWriter(url)
-        self._writer.set_status("waiting", job=self.name)
+        self._writer = OwnWriter.claim(url, self.name)
         if resume:
             # Only now: until it was claimed, the run may have been another job's.
-            self._writer.remove(STOP)  # it came too late for the last job
             told = open_run(url).info() | {"parameters": plan.parameters.to_dict()}
             self._writer.submit_result(PARAMETERS, json.dumps(told, indent=2))
         self.run = open_run(url)
@@ -116,7 +114,7 @@ class Supervisor:
 
     def stop(self, now: bool) -> None:
         """Ask for the end, as `Run.stop`, unless another job goes on with the run by now."""
-        if not self.ended.is_set() and self._has_the_run():
+        if not self.ended.is_set() and self._writer.owns():
             self.run.stop(now)
 
     def part(self) -> None:
@@ -248,7 +246,7 @@ class Supervisor:
         elif (
             time.monotonic() - self._joined_at > SECONDS_TO_SETTLE
             and not self._writer.exists(REGROUP)
-            and self._has_the_run()
+            and self._writer.owns()
         ):
             self._writer.submit_result(REGROUP, "")
 
@@ -266,10 +264,6 @@ class Supervisor:
             self._most = min(most, self._plan.n_workers or most)
         return self._most
 
-    def _has_the_run(self) -> bool:
-        """Whether no other job goes on with the run by now."""
-        return self.run.status().job.startswith(self.name)
-
     def _claim(self) -> None:
         """Name a new attempt in status.json: what is left of an earlier one writes nothing more.
 
@@ -286,8 +280,8 @@ class Supervisor:
             RunError: if another one goes on with the run by now, or nobody watches over this one.
         """
         with self._saying:
-            if self._parted or not self._has_the_run():
-                raise RunError(f"another job goes on with {self.run.url}: this one ends here")
+            if self._parted:
+                raise RunError(f"nobody watches over {self.run.url} any more: this one ends here")
             self._writer.set_status(state, job=self._attempt, restarts=self.restarts, **details)
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import time
 import uuid
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from gan_lib.base.errors import RunError
@@ -39,6 +40,50 @@ class RunWriter(Folder):
     def set_status(self, state: str, **details: Any) -> None:
         """Say what the run is doing; see `RunStatus` for the states that there are."""
         self.submit_result(STATUS, json.dumps({"state": state, "time": time.time(), **details}))
+
+
+class OwnWriter(RunWriter):
+    """Writes into a run, and deletes there, for as long as the run is its own.
+
+    A rank that was suspended and wakes up must touch nothing that others now train: then
+    everything here raises RunError.
+
+    Args:
+        url: of the run directory.
+        owner: what status.json names as the job that has the run, or how that begins.
+    """
+
+    def __init__(self, url: str, owner: str) -> None:
+        super().__init__(url)
+        self.owner = owner
+        self._run = Run(url)
+
+    @classmethod
+    def claim(cls, url: str, owner: str) -> OwnWriter:
+        """One that makes the run its own, whoever had it before."""
+        RunWriter(url).set_status("waiting", job=owner)
+        writer = cls(url, owner)
+        writer.remove(STOP)  # it came too late for the one before
+        return writer
+
+    def owns(self) -> bool:
+        """Whether no other job goes on with the run by now."""
+        return self._run.status().job.startswith(self.owner)
+
+    def check(self) -> None:
+        """Raise RunError if the run is another job's."""
+        if not self.owns():
+            raise RunError(f"another job goes on with {self.url}: this one ends here")
+
+    def write(
+        self, path: str, data: bytes | Iterable[bytes | memoryview], durable: bool = True
+    ) -> None:
+        self.check()
+        super().write(path, data, durable)
+
+    def remove(self, path: str) -> None:
+        self.check()
+        super().remove(path)
 
 
 def new_run_url() -> str:

@@ -27,10 +27,10 @@ from gan_lib.results.checkpoints import Checkpoints, Position
 from gan_lib.results.files import PARAMETERS, REGROUP, STOP, epoch_path
 from gan_lib.results.pictures import image_grid, png_bytes
 from gan_lib.results.run import open_run
-from gan_lib.results.writing import ResultsHandler, RunWriter, tensorboard_events
+from gan_lib.results.writing import OwnWriter, ResultsHandler, tensorboard_events
 from gan_lib.training.background import BackgroundWriter
 from gan_lib.training.networks import Training
-from gan_lib.training.resuming import OwnWriter, record_lines, take_up, tensorboard_path
+from gan_lib.training.resuming import record_lines, take_up, tensorboard_path
 
 # How often the records of a long epoch are written while it goes on, for those who watch.
 SECONDS_BETWEEN_WRITES = 2.0
@@ -131,11 +131,10 @@ class RunKeeper(Keeper):
         self._written_at = self._signed_at = time.monotonic()
         self._state = ""
         self._restarts = open_run(run).status().restarts if attempt else ()
-        name = attempt or uuid.uuid4().hex
-        if not attempt:
-            RunWriter(run).remove(STOP)  # it came too late for an earlier training
-            RunWriter(run).set_status("waiting", job=name)
-        self._writer = OwnWriter(run, name)
+        if attempt:
+            self._writer = OwnWriter(run, attempt)
+        else:
+            self._writer = OwnWriter.claim(run, uuid.uuid4().hex)
         self._writer.remove(REGROUP)  # it was asked of an earlier attempt
         self._checkpoints = Checkpoints(self._writer)
         self._background = BackgroundWriter(idle=self._look)
@@ -220,7 +219,7 @@ class RunKeeper(Keeper):
 
     def _set_status(self, state: str, **details: Any) -> None:
         self._state, self._signed_at = state, time.monotonic()
-        name = self._writer.attempt
+        name = self._writer.owner
         self._writer.set_status(state, job=name, restarts=self._restarts, **details)
 
     def _look(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from gan_lib.parameters import TrainingParameters
 from gan_lib.results.checkpoints import Checkpoints, Position
 from gan_lib.results.files import PARAMETERS, STATUS, epoch_path
 from gan_lib.results.run import open_run
-from gan_lib.results.writing import RunWriter, create_run
+from gan_lib.results.writing import OwnWriter, RunWriter, create_run
 
 # What a resumed run may be told anew; all else decides what its weights become.
 MAY_CHANGE = (
@@ -82,38 +81,6 @@ def refuse_other_images(run: str, images: ImageSet) -> None:
             f"in {images.source or 'its source'} are not the same: bring the old ones back, or "
             "go on with these by new_images=True"
         )
-
-
-class OwnWriter(RunWriter):
-    """Writes into a run, and deletes there, for as long as the run is its own.
-
-    A rank that was suspended and wakes up must touch nothing that others now train: then
-    everything here raises RunError.
-
-    Args:
-        url: of the run directory.
-        attempt: what status.json names as the job that has the run.
-    """
-
-    def __init__(self, url: str, attempt: str) -> None:
-        super().__init__(url)
-        self.attempt = attempt
-        self._run = open_run(url)
-
-    def write(
-        self, path: str, data: bytes | Iterable[bytes | memoryview], durable: bool = True
-    ) -> None:
-        self.check()
-        super().write(path, data, durable)
-
-    def remove(self, path: str) -> None:
-        self.check()
-        super().remove(path)
-
-    def check(self) -> None:
-        """Raise RunError if the run is another job's."""
-        if self._run.status().job != self.attempt:
-            raise RunError(f"another job goes on with {self.url}: this one ends here")
 
 
 def take_up(
