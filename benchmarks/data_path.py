@@ -40,7 +40,8 @@ from tqdm import tqdm
 from gan_lib.cluster.starting import close_cluster, start_cluster
 from gan_lib.data.batches import Batches
 from gan_lib.data.decoding import FORMATS
-from gan_lib.data.images import ImageSet, prepare_images
+from gan_lib.data.image_set import ImageSet
+from gan_lib.data.images import prepare_images
 from gan_lib.parameters import TrainingParameters
 from gan_lib.practice.photographs import make_photographs
 from gan_lib.practice.s3_server import serve_s3

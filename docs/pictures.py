@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gan_lib.data.images import evenly_spread, prepare_images
+from gan_lib.data.image_set import evenly_spread
+from gan_lib.data.images import prepare_images
 from gan_lib.results import plots
 from gan_lib.results.run import open_run
 

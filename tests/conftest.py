@@ -15,7 +15,8 @@ import torch
 from distributed import Client
 
 from gan_lib.cluster.starting import close_cluster, start_cluster
-from gan_lib.data.images import ImageSet, prepare_images
+from gan_lib.data.image_set import ImageSet
+from gan_lib.data.images import prepare_images
 from gan_lib.parameters import TrainingParameters
 from gan_lib.practice.s3_server import serve_s3
 from gan_lib.results import files

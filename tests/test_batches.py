@@ -6,7 +6,7 @@ import torch
 
 from gan_lib.base.errors import ParameterError
 from gan_lib.data.batches import Batches, epoch_shares
-from gan_lib.data.images import ImageSet
+from gan_lib.data.image_set import ImageSet
 from gan_lib.data.pixels import denormalise, jitter_colours, normalise
 from gan_lib.gan.models import Generator, render
 from gan_lib.parameters import TrainingParameters

@@ -9,7 +9,7 @@ import fsspec
 import pytest
 
 from gan_lib import open_run, train_gan
-from gan_lib.data.images import open_prepared
+from gan_lib.data.image_set import open_prepared
 
 BEFORE = Path(__file__).parent / "data" / "before"
 (PREPARED,) = BEFORE.glob("prepared/*")

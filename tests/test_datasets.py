@@ -21,7 +21,8 @@ from uploading import upload
 
 from gan_lib.base.errors import ParameterError, RunError, SourceError
 from gan_lib.data.datasets import dataset_images
-from gan_lib.data.images import ImageSet, prepare_images
+from gan_lib.data.image_set import ImageSet
+from gan_lib.data.images import prepare_images
 from gan_lib.jobs.launching import launch
 from gan_lib.parameters import TrainingParameters
 from gan_lib.training.loop import TrainingResult, train_gan

@@ -17,7 +17,8 @@ from uploading import upload
 
 from gan_lib.base.errors import ParameterError, SourceError
 from gan_lib.data.decoding import decode_image
-from gan_lib.data.images import ImageSet, SkippedFilesWarning, prepare_images
+from gan_lib.data.image_set import ImageSet
+from gan_lib.data.images import SkippedFilesWarning, prepare_images
 
 RED, GREY = (220, 40, 30), 128
 SIZE = 16

@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from gan_lib.data.batches import epoch_shares
-from gan_lib.data.images import ImageSet
+from gan_lib.data.image_set import ImageSet
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results import plots
 from gan_lib.results.run import Run, open_run

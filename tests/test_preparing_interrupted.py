@@ -24,8 +24,10 @@ from fault_proxy import fault_proxy
 from PIL import Image
 
 from gan_lib.data import images, shards
-from gan_lib.data.images import open_prepared, prepare_images
-from gan_lib.data.shards import INDEX, Work
+from gan_lib.data.image_set import open_prepared
+from gan_lib.data.images import prepare_images
+from gan_lib.data.prepared import INDEX
+from gan_lib.data.shards import Work
 
 N = 200
 # What is interrupted; the cluster is there before and closed after, as in a script of a user.

@@ -34,7 +34,8 @@ from gan_lib.data.images import (
     open_prepared,
     prepare_images,
 )
-from gan_lib.data.shards import INDEX, cut_into_shards
+from gan_lib.data.prepared import INDEX
+from gan_lib.data.shards import ImageRecipe, cut_into_shards
 
 ANNOTATION = """<annotation><object><name>dog</name><bndbox>
 <xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object></annotation>"""
@@ -330,13 +331,13 @@ def test_shards_do_not_depend_on_who_makes_them(tmp_path: Path) -> None:
     from gan_lib.sources.source import find_source
 
     files = list_files(find_source(str(make_folder(tmp_path / "dogs", n=50))))
-    works = cut_into_shards(files, 16, 3, "center")
+    works = cut_into_shards(files, ImageRecipe(16))
     assert [path for work in works for path in work.paths] == list(files.paths)
     # As even as can be: 150 files in shards of at most 32.
     assert [len(work.paths) for work in works] == [30] * 5
     # A hundred photographs straight from a camera are work for many.
     large = replace(files.chosen(list(range(100))), sizes=(4 * 2**20,) * 100)
-    assert {len(work.paths) for work in cut_into_shards(large, 16, 3, "center")} == {1, 2}
+    assert {len(work.paths) for work in cut_into_shards(large, ImageRecipe(16))} == {1, 2}
 
 
 def test_pixels_are_an_array(tmp_path: Path, cache: str) -> None:
@@ -368,6 +369,14 @@ def test_boxes(tmp_path: Path, cache: str) -> None:
     reasons = {Path(url).name: why for url, why in found.skipped}
     assert reasons["no-box.png"] == "no annotated box"
     assert "annotation cannot be read" in reasons["bad-box.png"]
+    # The boxes may lie anywhere, if it is said where.
+    (tmp_path / "Annotation").rename(tmp_path / "boxes")
+    with pytest.warns(SkippedFilesWarning):
+        there = prepare_images(
+            str(tmp_path / "Images"), 16, crop="box", cache=cache,
+            annotation=str(tmp_path / "boxes"),
+        )  # fmt: skip
+    assert there.checksum() == found.checksum()
     # A wide box becomes a square that shows all of it, and stays within the photograph.
     data = (images / "dog.png").read_bytes()
     wide = decode_image(

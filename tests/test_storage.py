@@ -17,7 +17,7 @@ from gan_lib.base.errors import ParameterError
 from gan_lib.base.storage import Folder
 from gan_lib.data.checking import check_source
 from gan_lib.data.images import prepare_images
-from gan_lib.data.shards import open_pixels, read_index
+from gan_lib.data.prepared import open_pixels, read_index
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.run import open_run
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from gan_lib.base.errors import DivergenceError, ParameterError, RunError
 from gan_lib.data.batches import Batch, Batches
-from gan_lib.data.images import ImageSet, prepare_images
+from gan_lib.data.image_set import ImageSet
+from gan_lib.data.images import prepare_images
 from gan_lib.gan.models import Discriminator, Generator, latent_vectors
 from gan_lib.gan.steps import discriminator_step, gan_loss, generator_step
 from gan_lib.jobs.launching import run_ranks

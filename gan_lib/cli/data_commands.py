@@ -13,7 +13,7 @@ from gan_lib.sources.downloading import archives_of, differences, fetch
 from gan_lib.sources.manifest import FOLDERS, fetched_folder
 
 if TYPE_CHECKING:
-    from gan_lib.data.images import ImageSet
+    from gan_lib.data.image_set import ImageSet
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from gan_lib.data.batches import Batches as Batches
     from gan_lib.data.batches import epoch_shares as epoch_shares
     from gan_lib.data.datasets import dataset_images as dataset_images
-    from gan_lib.data.images import ImageSet as ImageSet
+    from gan_lib.data.image_set import ImageSet as ImageSet
     from gan_lib.data.images import prepare_images as prepare_images
 
 __getattr__, __dir__, __all__ = lazily(
     __name__,
     {
         "prepare_images": "images",
-        "ImageSet": "images",
+        "ImageSet": "image_set",
         "Batches": "batches",
         "epoch_shares": "batches",
         "dataset_images": "datasets",

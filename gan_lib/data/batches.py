@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gan_lib.base.errors import ParameterError
 from gan_lib.base.seeds import COLOURS, FLIPS, ORDER, PIXEL_NOISE, stream_seed
-from gan_lib.data.images import ImageSet
+from gan_lib.data.image_set import ImageSet
 from gan_lib.data.pixels import jitter_colours, normalise
 from gan_lib.parameters import TrainingParameters
 

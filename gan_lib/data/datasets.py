@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 from gan_lib.base.errors import ParameterError, SourceError
 from gan_lib.data.batches import check_images
 from gan_lib.data.decoding import fit_image
-from gan_lib.data.images import ImageSet, evenly_spread, prepare_images
+from gan_lib.data.image_set import ImageSet, evenly_spread
+from gan_lib.data.images import prepare_images
 from gan_lib.parameters import TrainingParameters
 
 # A Dataset is mostly waiting for its store. Processes are no way out: a Dask worker is
@@ -98,7 +99,7 @@ def dataset_images(
     # Not of pixels: those that its transform draws at random are others each time.
     digest = hashlib.sha256(f"{n} {classes} {labels.tolist()}".encode())
     return ImageSet(
-        pixels, labels, classes, source=type(dataset).__name__, _checksum=digest.hexdigest()
+        pixels, labels, classes, source=type(dataset).__name__, digest=digest.hexdigest()
     )
 
 

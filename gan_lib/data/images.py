@@ -13,36 +13,39 @@ import re
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from gan_lib.base.addresses import absolute, cache_home, prepared_cache
-from gan_lib.base.checks import check_type, require_choice, require_range
 from gan_lib.base.errors import ParameterError, SourceError
 from gan_lib.base.interrupts import interruptible
 from gan_lib.base.progress import ProgressBar
 from gan_lib.base.storage import Folder
-from gan_lib.data.pixels import Pixels
-from gan_lib.data.shards import (
+from gan_lib.data.image_set import ImageSet, evenly_spread, open_prepared
+from gan_lib.data.prepared import (
     FORMAT,
-    Work,
-    checksum,
-    cut_into_shards,
     finish,
-    finished_shard,
-    list_annotations,
+    in_one_sentence,
     make_index,
-    make_shard,
     open_pixels,
     read_index,
+)
+from gan_lib.data.shards import (
+    AT_ONCE,
+    ImageRecipe,
+    Work,
+    cut_into_shards,
+    finished_shard,
+    list_annotations,
+    make_shard,
     shard_info,
 )
-from gan_lib.parameters import CROPS
 from gan_lib.sources import manifest
 from gan_lib.sources.embedded import package_images
 from gan_lib.sources.listing import list_files, look_at
@@ -67,70 +70,6 @@ class SkippedFilesWarning(UserWarning):
 
 class CacheNotSharedError(SourceError):
     """A worker does not see the folder in which the images are to be prepared."""
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images of one size.
-
-    Attributes:
-        pixels: uint8, N x H x W x C; of prepared images it is a file mapped into memory, which
-            is not to be written to.
-        labels: int64, N; an index into `classes`.
-        classes: names, in sorted order.
-        skipped: pairs of URL and reason, for each file that is not among `pixels`.
-        source: where they came from.
-        prepared: the folder in which they were prepared; empty if the pixels are in memory.
-    """
-
-    pixels: Pixels
-    labels: np.ndarray
-    classes: tuple[str, ...]
-    skipped: tuple[tuple[str, str], ...] = ()
-    source: str = ""
-    prepared: str = ""
-    _checksum: str = ""
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # What lies in a cache travels to workers as its address.
-        if self.prepared:
-            return open_prepared, (self.prepared,)
-        values = (self.pixels, self.labels, self.classes, self.skipped, self.source)
-        return ImageSet, values
-
-    def images_per_class(self) -> dict[str, int]:
-        """Class name -> number of images."""
-        counts = np.bincount(self.labels, minlength=len(self.classes))
-        return dict(zip(self.classes, counts.tolist(), strict=True))
-
-    def checksum(self) -> str:
-        """SHA-256 that is equal on every rank that has the same images."""
-        if self._checksum:
-            return self._checksum
-        digest = hashlib.sha256(np.ascontiguousarray(self.pixels).data)
-        digest.update(np.ascontiguousarray(self.labels).data)
-        return digest.hexdigest()
-
-    def limited(self, max_images: int) -> ImageSet:
-        """At most `max_images` images, spread over the whole set; 0 means all of them."""
-        if max_images == 0 or max_images >= len(self):
-            return self
-        chosen = evenly_spread(max_images, len(self))
-        return replace(
-            self,
-            pixels=self.pixels[chosen],
-            labels=self.labels[chosen],
-            prepared="",
-            _checksum="",
-        )
-
-
-def evenly_spread(n: int, total: int) -> np.ndarray:
-    """`n` of the indices 0 to `total` - 1, from the first to the last at even distances."""
-    return np.linspace(0, total - 1, n).round().astype(np.int64)
 
 
 @interruptible()
@@ -176,10 +115,7 @@ def prepare_images(
             a source that has none.
         CacheNotSharedError: if a worker does not see the cache.
     """
-    require_range("image_size", check_type("image_size", int, image_size), 1, None)
-    require_choice("channels", channels, (1, 3))
-    require_choice("crop", crop, CROPS)
-    require_range("max_images", check_type("max_images", int, max_images), 0, None)
+    recipe = ImageRecipe(image_size, channels, crop, max_images)
     entry = manifest.sources().get(source)
     if entry is not None and "package" in entry:
         if crop == "box":
@@ -193,21 +129,17 @@ def prepare_images(
     annotations = list_annotations(place, annotation) if crop == "box" else None
     told = {
         "source": place.url,
-        "image_size": image_size,
-        "channels": channels,
-        "crop": crop,
-        "max_images": max_images,
+        **asdict(recipe),
         "fingerprint": [files.fingerprint, annotations.fingerprint if annotations else ""],
     }
     url = _place_in_cache(cache, source, told)
     folder = Folder(url)
 
     def make(some: Listing, first: int) -> list[dict[str, Any]]:
-        works = cut_into_shards(some, image_size, channels, crop, annotations)
-        works = [replace(work, number=first + work.number) for work in works]
+        works = cut_into_shards(some, recipe, annotations, first)
         return _make_shards(works, folder, client, progress)
 
-    with _one_sentence(url):
+    with in_one_sentence(url):
         index = _finished(folder)
         if index is None:
             Folder(absolute(cache) if cache is not None else cache_home()).make_private()
@@ -217,45 +149,6 @@ def prepare_images(
     images = open_prepared(url, index)
     _tell_what_was_skipped(images, index, progress)
     return replace(images, source=source)
-
-
-def open_prepared(url: str, index: dict[str, Any] | None = None) -> ImageSet:
-    """Open images that were prepared before, by the folder in which they were.
-
-    Raises:
-        SourceError: if they are not there, damaged, or cannot be read.
-    """
-    folder = Folder(url)
-    with _one_sentence(url):
-        index = index or read_index(folder)
-        if index is None:
-            raise SourceError(
-                f"there are no prepared images at {url}: give a cache that all workers reach, such "
-                "as s3://bucket/cache, as cache= or in the environment variable GAN_LIB_CACHE"
-            )
-        pixels = open_pixels(folder, index)
-    labels = [np.full(n, label, np.int64) for label, n in index["labels"]]
-    return ImageSet(
-        pixels=pixels,
-        labels=np.concatenate(labels),
-        classes=tuple(index["classes"]),
-        skipped=tuple((path, why) for path, why in index["skipped"]),
-        source=index["source"],
-        prepared=url,
-        _checksum=checksum(index),
-    )
-
-
-@contextmanager
-def _one_sentence(url: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise SourceError(
-            f"the prepared images cannot be written to {url}, or read from there: {error}. Name a "
-            "place that can be written as cache= or in the environment variable GAN_LIB_CACHE, or "
-            "make room"
-        ) from None
 
 
 def _finished(folder: Folder) -> dict[str, Any] | None:
@@ -330,11 +223,14 @@ def _make_shards(
     n_files = sum(len(work.paths) for work in works)
     done: dict[int, dict[str, Any]] = {}
     with ProgressBar(n_files, "preparing", "image", show=progress) as bar:
-        for work in works:
-            there = finished_shard(folder, work)
-            if there is not None:
-                done[work.number] = there
-                bar.update(len(work.paths))
+        there = set(folder.names(""))
+        begun = [work for work in works if f"{work.name}.json" in there]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            found = pool.map(lambda work: finished_shard(folder, work), begun)
+            for work, told in zip(begun, found, strict=True):
+                if told is not None:
+                    done[work.number] = told
+                    bar.update(len(work.paths))
         missing = [work for work in works if work.number not in done]
         # Closed at once where it fails: the workers need not go on.
         with closing(

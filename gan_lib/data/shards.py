@@ -1,15 +1,8 @@
-"""Decode once: the images of a source as one array, in a folder that is opened again.
-
-    index.json          what was prepared, the SHA-256 of each shard, what was skipped
-    pixels-1f2e3d.npy   uint8, N x H x W x C: all images, mapped into memory by whoever opens them
-    shard_0007.npy      uint8, n x H x W x C: some of them
-    shard_0007.json     which files those are; written last, so its presence says "done"
+"""Shards: some files of a source each, decoded by whoever has time; see gan_lib.data.prepared.
 
 A shard depends on nothing but its own files. So any number of processes can
 make shards at once, an interrupted preparation goes on with those that are
-missing, and two that are made twice are equal. On this machine the shards go
-once they are put together; in a folder elsewhere they stay, and each machine
-puts them together in a cache of its own.
+missing, and two that are made twice are equal.
 """
 
 from __future__ import annotations
@@ -17,33 +10,27 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import os
-import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from dask.system import CPU_COUNT
 
-from gan_lib.base.addresses import local_cache
+from gan_lib.base.checks import check_type, require_choice, require_range
 from gan_lib.base.errors import SourceError
 from gan_lib.base.storage import Folder
 from gan_lib.data.decoding import Box, decode_image, read_boxes
+from gan_lib.parameters import CROPS
 from gan_lib.sources import manifest
 from gan_lib.sources.fetching import Unread, fetch_files
 from gan_lib.sources.listing import list_files
 from gan_lib.sources.manifest import fetched_folder
 from gan_lib.sources.source import Listing, Source, find_source
 
-# Raised when other pixels come out of the same files, or other shards: what was prepared before
-# is not opened.
-FORMAT = 5
-INDEX = "index.json"
 # A source is cut into so many shards, for as many workers and for going on where it stopped ...
 SHARDS = 64
 # ... but a shard is never so small that it is all overhead (in bytes of files, of which each
@@ -51,11 +38,29 @@ SHARDS = 64
 SMALLEST_SHARD, COST_OF_FILE = 6 * 2**20, 8 * 2**10
 LARGEST_SHARD = 64 * 2**20
 # What reading an index, or what is said of a shard, raises if it is not there or damaged.
-_UNUSABLE = (FileNotFoundError, ValueError, KeyError, TypeError)
-# What an index says is not believed: a shard has a name of this form, or is not opened.
-_SHARD = re.compile(r"shard_\d{4,}\.npy")
-# Shards read and checked at the same time, as they are put together.
-_AT_ONCE = 8
+UNUSABLE = (FileNotFoundError, ValueError, KeyError, TypeError)
+# Shards read and checked at the same time.
+AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class ImageRecipe:
+    """How files become images of one size; the values are those of `prepare_images`.
+
+    Raises:
+        ParameterError: if a value has the wrong type or cannot be.
+    """
+
+    image_size: int
+    channels: int = 3
+    crop: str = "center"
+    max_images: int = 0
+
+    def __post_init__(self) -> None:
+        require_range("image_size", check_type("image_size", int, self.image_size), 1, None)
+        require_choice("channels", self.channels, (1, 3))
+        require_choice("crop", self.crop, CROPS)
+        require_range("max_images", check_type("max_images", int, self.max_images), 0, None)
 
 
 @dataclass(frozen=True)
@@ -65,26 +70,21 @@ class Work:
     Attributes:
         number: of the shard.
         source: where the files are.
-        paths: of the files, below the root.
+        paths: of the files, below the source.
         sizes: of the files, in bytes.
-        image_size: pixels per side.
-        channels: 1 or 3.
-        crop: as in `decode_image`.
+        recipe: what is made of each.
         annotations: where the boxes are, if they are wanted.
-        annotation_paths: of each file's boxes; empty where there are none.
-        annotation_sizes: in bytes.
+        annotated: for each file that has boxes its place in `paths`, and the path and the bytes
+            of its boxes.
     """
 
     number: int
     source: Source
     paths: tuple[str, ...]
     sizes: tuple[int, ...]
-    image_size: int
-    channels: int
-    crop: str
+    recipe: ImageRecipe
     annotations: Source | None = None
-    annotation_paths: tuple[str, ...] = ()
-    annotation_sizes: tuple[int, ...] = ()
+    annotated: tuple[tuple[int, str, int], ...] = ()
 
     @property
     def name(self) -> str:
@@ -93,37 +93,36 @@ class Work:
 
 
 def cut_into_shards(
-    files: Listing, image_size: int, channels: int, crop: str, annotations: Listing | None = None
+    files: Listing, recipe: ImageRecipe, annotations: Listing | None = None, first: int = 0
 ) -> list[Work]:
-    """The work that makes the shards of these files; the same for the same files."""
+    """The work that makes the shards of these files, numbered from `first`; always the same."""
     n = len(files.paths)
     n_shards = min(SHARDS, -(-(sum(files.sizes) + n * COST_OF_FILE) // SMALLEST_SHARD))
-    n_shards = max(n_shards, -(-n * image_size * image_size * channels // LARGEST_SHARD))
+    n_shards = max(n_shards, -(-n * recipe.image_size**2 * recipe.channels // LARGEST_SHARD))
     # As even as they can be: who makes the last one should not be waited for.
     starts = np.linspace(0, n, min(n, n_shards) + 1).round().astype(int).tolist()
-    boxes: list[tuple[str, int]] = [("", 0)] * n
-    if annotations is not None:
-        by_image = {
-            os.path.splitext(path)[0]: (f"{annotations.source.root}/{path}", size)
-            for path, size in zip(annotations.paths, annotations.sizes, strict=True)
-        }
-        boxes = [by_image.get(os.path.splitext(path)[0], ("", 0)) for path in files.paths]
-    works = []
-    for number, (start, stop) in enumerate(pairwise(starts)):
-        part = slice(start, stop)
-        work = Work(
-            number, files.source, files.paths[part], files.sizes[part],
-            image_size, channels, crop,
-        )  # fmt: skip
-        if annotations is not None:
-            work = replace(
-                work,
-                annotations=annotations.source,
-                annotation_paths=tuple(path for path, _ in boxes[part]),
-                annotation_sizes=tuple(size for _, size in boxes[part]),
-            )
-        works.append(work)
-    return works
+    works = [
+        Work(number, files.source, files.paths[start:stop], files.sizes[start:stop], recipe)
+        for number, (start, stop) in enumerate(pairwise(starts), first)
+    ]
+    if annotations is None:
+        return works
+    boxes = {
+        os.path.splitext(path)[0]: (f"{annotations.source.root}/{path}", size)
+        for path, size in zip(annotations.paths, annotations.sizes, strict=True)
+    }
+    return [
+        replace(
+            work,
+            annotations=annotations.source,
+            annotated=tuple(
+                (i, *boxes[stem])
+                for i, stem in enumerate(os.path.splitext(path)[0] for path in work.paths)
+                if stem in boxes
+            ),
+        )
+        for work in works
+    ]
 
 
 def make_shard(work: Work, url: str, sharing: int = 1) -> dict[str, Any] | SourceError:
@@ -151,7 +150,7 @@ def shard_info(folder: Folder, work: Work) -> dict[str, Any] | None:
         info = json.loads(folder.read(f"{work.name}.json"))
         # Files that could not be read are in neither.
         files = sorted([*info["paths"], *(path for path, _ in info["skipped"])])
-    except _UNUSABLE:
+    except UNUSABLE:
         return None
     ours = files == sorted(work.paths) and info.get("file") == f"{work.name}.npy"
     return info if ours else None
@@ -164,14 +163,14 @@ def finished_shard(folder: Folder, work: Work) -> dict[str, Any] | None:
         return None
     if folder.is_local:
         # A loss of power may have taken what was not yet on the disk.
-        return info if _read_shard(folder, info) is not None else None
+        return info if read_shard(folder, info) is not None else None
     # An object store keeps an object whole, and `finish` reads it.
     return info if folder.size(info["file"]) == info["bytes"] else None
 
 
 def _make_shard(work: Work, folder: Folder, sharing: int) -> dict[str, Any]:
-    shape = (len(work.paths), work.image_size, work.image_size, work.channels)
-    pixels = np.empty(shape, np.uint8)
+    side = work.recipe.image_size
+    pixels = np.empty((len(work.paths), side, side, work.recipe.channels), np.uint8)
     kept: list[str] = []
     skipped: list[tuple[str, str]] = []
     unread: list[tuple[str, str]] = []
@@ -193,7 +192,7 @@ def _make_shard(work: Work, folder: Folder, sharing: int) -> dict[str, Any]:
                 pixels[len(kept)] = result
                 kept.append(path)
     kept_pixels = pixels[: len(kept)]
-    parts = _npy_header(kept_pixels.shape), kept_pixels.reshape(-1).data
+    parts = npy_header(kept_pixels.shape), kept_pixels.reshape(-1).data
     digest = hashlib.sha256(parts[0])
     digest.update(parts[1])
     # Waiting for the disk, shard by shard, took a fifth of the time: it is done once, for all.
@@ -219,11 +218,10 @@ def _boxes(work: Work) -> Sequence[Box | str | None]:
     """
     if work.annotations is None:
         return [None] * len(work.paths)
-    there = [i for i, path in enumerate(work.annotation_paths) if path]
     found: dict[int, Box | str] = {}
-    paths = [work.annotation_paths[i] for i in there]
-    fetched = fetch_files(work.annotations, paths, [work.annotation_sizes[i] for i in there])
-    for i, data in zip(there, fetched, strict=True):
+    sizes = [size for _, _, size in work.annotated]
+    fetched = fetch_files(work.annotations, [path for _, path, _ in work.annotated], sizes)
+    for (i, _, _), data in zip(work.annotated, fetched, strict=True):
         try:
             found[i] = data if isinstance(data, str) else read_boxes(data)[0]
         except ValueError as error:
@@ -234,7 +232,8 @@ def _boxes(work: Work) -> Sequence[Box | str | None]:
 def _decode(work: Work, data: bytes, box: Box | str | None) -> np.ndarray | str:
     known = None if isinstance(box, str) else box
     try:
-        pixels = decode_image(data, work.image_size, work.channels, work.crop, known)
+        recipe = work.recipe
+        pixels = decode_image(data, recipe.image_size, recipe.channels, recipe.crop, known)
     # Pillow's plugins raise nearly anything on damaged files (SyntaxError and
     # struct.error among them); one bad file must not end the preparation.
     except Exception as error:
@@ -244,159 +243,15 @@ def _decode(work: Work, data: bytes, box: Box | str | None) -> np.ndarray | str:
     return box if isinstance(box, str) else pixels
 
 
-def make_index(
-    files: Listing, shards: Sequence[dict[str, Any]], told: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What index.json says of a preparation.
-
-    Args:
-        files: that were prepared.
-        shards: what `make_shard` returned, in order.
-        told: goes into the index as it is; `max_images` of it are kept, if it is not 0.
-    """
-    names = [files.class_of(path) for shard in shards for path in shard["paths"]]
-    names = names[: told["max_images"] or None]
-    classes = sorted(set(names))
-    number = {name: i for i, name in enumerate(classes)}
-    unread = [pair for shard in shards for pair in shard["unread"]]
-    skipped = [*files.skipped, *(pair for shard in shards for pair in shard["skipped"]), *unread]
-    return {
-        "format": FORMAT,
-        **told,
-        "count": len(names),
-        "files": len(files.paths) + len(files.skipped),
-        "classes": classes,
-        # Files are sorted, so a class comes in few runs: pairs of label and length.
-        "labels": [(number[name], len(list(run))) for name, run in groupby(names)],
-        "shards": [
-            {key: shard[key] for key in ("file", "count", "bytes", "sha256")}
-            for shard in shards
-            if shard["count"]
-        ],
-        "skipped": [(files.source.shown(path), why) for path, why in sorted(map(tuple, skipped))],
-        # So many of them could not be read, and are worth another try.
-        "unread": len(unread),
-    }
-
-
-def finish(folder: Folder, index: dict[str, Any]) -> None:
-    """Put the shards together, and write the index that says so.
-
-    Raises:
-        SourceError: if shards are damaged, which then count as not done.
-    """
-    try:
-        open_pixels(folder, index)
-    except SourceError:
-        for shard in index["shards"]:
-            if _read_shard(folder, shard) is None:
-                folder.remove(shard["file"].replace(".npy", ".json"))
-        raise
-    # A folder with an index is whole, also after a loss of power: so are the pixels by now.
-    folder.write(INDEX, json.dumps(index, indent=1).encode())
-    # Another call tries the files again that could not be read, and needs the shards for it.
-    if folder.is_local and not index["unread"]:
-        for name in folder.names(""):
-            ours = name.startswith(("shard_", "pixels-")) and not name.endswith(".part")
-            if ours and name != _pixels_name(index):
-                folder.remove(name)
-
-
-def read_index(folder: Folder) -> dict[str, Any] | None:
-    """The index of a preparation; None if there is none that can be used."""
-    try:
-        index = json.loads(folder.read(INDEX))
-        ours = all(_SHARD.fullmatch(shard["file"]) for shard in index["shards"])
-        return index if ours and index["format"] == FORMAT else None
-    except _UNUSABLE:
-        return None
-
-
-def checksum(index: Mapping[str, Any]) -> str:
-    """SHA-256 that is equal for equal pixels and labels, if they lie in equal shards."""
-    return hashlib.sha256(json.dumps([index["shards"], index["labels"]]).encode()).hexdigest()
-
-
-def _pixels_name(index: Mapping[str, Any]) -> str:
-    # Pixels of another index have another name, so an old copy is never taken for them.
-    return f"pixels-{checksum(index)[:32]}.npy"
-
-
-def open_pixels(folder: Folder, index: dict[str, Any]) -> np.ndarray:
-    """All images: uint8, N x H x W x C, mapped into memory and not to be written to.
-
-    From shards they are put together first, in the folder, or in this machine's cache if the
-    folder is elsewhere.
-
-    Raises:
-        SourceError: if a shard that is needed for it is not what the index says.
-    """
-    if not folder.is_local:
-        Folder(local_cache()).make_private()
-    home = folder if folder.is_local else Folder(os.path.join(local_cache(), "copies"))
-    name = _pixels_name(index)
-    shape = (index["count"], index["image_size"], index["image_size"], index["channels"])
-    pixels = _mapped(f"{home.root}/{name}", shape)
-    if pixels is None:
-        with home.locked(f"{name}.lock", name):
-            # Another process may have done it meanwhile.
-            if _mapped(f"{home.root}/{name}", shape) is None:
-                home.write(name, _together(folder, index["shards"], shape))
-        pixels = _mapped(f"{home.root}/{name}", shape)
-    assert pixels is not None
-    return pixels
-
-
-def _mapped(path: str, shape: tuple[int, ...]) -> np.ndarray | None:
-    """An array in a file; None if it is not there, or not whole."""
-    try:
-        found = np.load(path, mmap_mode="r")
-    except (FileNotFoundError, ValueError, EOFError):
-        return None
-    # As a plain array: indexing a memmap makes a memmap, at ten times the cost.
-    return np.asarray(found) if (found.shape, found.dtype) == (shape, np.uint8) else None
-
-
-def _together(
-    folder: Folder, shards: Sequence[dict[str, Any]], shape: tuple[int, ...]
-) -> Iterator[bytes | memoryview]:
-    """A .npy file of the pixels of all shards, part by part."""
-
-    def read(shard: Mapping[str, Any]) -> memoryview | None:
-        own_shape = (shard["count"], *shape[1:])
-        if folder.is_local:
-            # Made just now, or looked at before.
-            pixels = _mapped(f"{folder.root}/{shard['file']}", own_shape)
-            return None if pixels is None else pixels.reshape(-1).data
-        data = _read_shard(folder, shard)
-        return None if data is None else memoryview(data)[len(_npy_header(own_shape)) :]
-
-    yield _npy_header(shape)
-    left, damaged = math.prod(shape), []
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for start in range(0, len(shards), _AT_ONCE):
-            some = shards[start : start + _AT_ONCE]
-            for shard, pixels in zip(some, pool.map(read, some), strict=True):
-                if pixels is None:
-                    damaged.append(shard["file"])
-                else:
-                    yield pixels[: max(left, 0)]
-                    left -= len(pixels)
-    if damaged or left > 0:
-        raise SourceError(
-            f"the prepared images at {folder.url} are damaged ({', '.join(damaged[:3]) or INDEX}): "
-            "call prepare_images again with the same source and cache, which makes them anew"
-        )
-
-
-def _npy_header(shape: tuple[int, ...]) -> bytes:
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    """How a .npy file of so many pixels begins: uint8, in the order of C."""
     header = io.BytesIO()
     told = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, told)
     return header.getvalue()
 
 
-def _read_shard(folder: Folder, shard: Mapping[str, Any]) -> bytes | None:
+def read_shard(folder: Folder, shard: Mapping[str, Any]) -> bytes | None:
     """The bytes of a shard's file; None if they are not those that the index names."""
     try:
         data = folder.read(shard["file"])

@@ -17,8 +17,9 @@ from gan_lib.cluster.shipping import ship_package
 from gan_lib.cluster.workers import find_places, require_some_workers, wait_for_workers
 from gan_lib.data.batches import check_images
 from gan_lib.data.checking import check_source
-from gan_lib.data.images import CacheNotSharedError, ImageSet, prepare_images
-from gan_lib.data.shards import INDEX
+from gan_lib.data.image_set import ImageSet
+from gan_lib.data.images import CacheNotSharedError, prepare_images
+from gan_lib.data.prepared import INDEX
 from gan_lib.jobs.job import Job
 from gan_lib.jobs.rank_group import RankGroup, start_ranks
 from gan_lib.jobs.supervisor import Plan

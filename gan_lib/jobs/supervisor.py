@@ -22,7 +22,7 @@ from distributed.scheduler import KilledWorker
 
 from gan_lib.base.errors import ClusterError, RunError, UserError, WorkerLostError, describe
 from gan_lib.cluster.workers import Place, Watch, assign_places, replace_lost_workers
-from gan_lib.data.images import open_prepared
+from gan_lib.data.image_set import open_prepared
 from gan_lib.jobs.rank_group import RankGroup, start_ranks
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.files import PARAMETERS, REGROUP, STOP

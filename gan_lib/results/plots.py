@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from gan_lib.data.images import ImageSet, evenly_spread
+from gan_lib.data.image_set import ImageSet, evenly_spread
 from gan_lib.gan.models import Generator, latent_vectors, render
 from gan_lib.results.files import LOSSES
 from gan_lib.results.pictures import gif_bytes, image_grid

@@ -16,7 +16,8 @@ import pandas as pd
 from gan_lib.base.checks import check_type, require_range
 from gan_lib.base.errors import RunError, describe
 from gan_lib.base.storage import Folder
-from gan_lib.data.images import ImageSet, prepare_images
+from gan_lib.data.image_set import ImageSet
+from gan_lib.data.images import prepare_images
 from gan_lib.gan.models import Generator, generate_images, generator_of
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results import files

@@ -15,7 +15,7 @@ from gan_lib.base.interrupts import interruptible
 from gan_lib.base.progress import ProgressBar, progress_text
 from gan_lib.data.batches import Batches
 from gan_lib.data.datasets import training_images
-from gan_lib.data.images import ImageSet
+from gan_lib.data.image_set import ImageSet
 from gan_lib.gan.models import Generator
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.files import LOSSES

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gan_lib.base.errors import RunError
-from gan_lib.data.images import ImageSet
+from gan_lib.data.image_set import ImageSet
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.checkpoints import Checkpoints, Position
 from gan_lib.results.files import PARAMETERS, STATUS, epoch_path
