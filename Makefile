@@ -23,8 +23,8 @@ test: $(READY)  ## run the tests
 test-all: $(READY)  ## run the tests and those that take long
 	@$(PY) -m pytest tests --long
 
-lint: $(READY)  ## check style and formatting
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+lint: $(READY)  ## check style, formatting and types
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
 format: $(READY)  ## format the code and strip the notebooks' outputs
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format . && $(VENV)/bin/nbstripout --keep-id notebooks/*.ipynb

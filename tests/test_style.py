@@ -32,6 +32,11 @@ def test_code_is_formatted() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_types_are_as_they_are_written() -> None:
+    done = run("mypy")
+    assert done.returncode == 0, done.stdout
+
+
 def test_public_things_have_docstrings_and_types() -> None:
     import ast
 

@@ -46,6 +46,7 @@ def fetch_files(
     source: Source,
     paths: Sequence[str],
     sizes: Sequence[int],
+    # mypy has no way to say what a type variable is where an argument is left out.
     use: Callable[[bytes, int], _T] = lambda data, _: data,  # type: ignore[assignment,return-value]
     threads: int = 1,
 ) -> list[_T | Unread]:
