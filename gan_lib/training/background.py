@@ -57,25 +57,18 @@ class BackgroundWriter:
                 work = self._waiting.get(timeout=SECONDS_BETWEEN_LOOKS)
                 if work is None:
                     return
-                if self._error is None:
-                    self._do(work)
-            if self._error is None and time.monotonic() - looked_at >= SECONDS_BETWEEN_LOOKS:
+                self._do(work)
+            if time.monotonic() - looked_at >= SECONDS_BETWEEN_LOOKS:
                 looked_at = time.monotonic()
-                try:
-                    self._idle()
-                except Exception as error:
-                    self._error = error
+                self._do(self._idle)
 
     def _do(self, work: Callable[[], None]) -> None:
-        for pause in (*PAUSES, None):
+        for pause in (*PAUSES, None) if self._error is None else ():
             try:
                 work()
                 return
-            except OSError as error:
-                if pause is None:
+            except Exception as error:
+                if pause is None or not isinstance(error, OSError):
                     self._error = error
                     return
                 time.sleep(pause)
-            except Exception as error:
-                self._error = error
-                return
