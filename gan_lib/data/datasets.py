@@ -84,7 +84,7 @@ def dataset_images(
     n = len(dataset)
     if n == 0:
         raise SourceError(f"the {type(dataset).__name__} is empty: it needs at least one image")
-    pixels = _DatasetPixels(dataset, image_size, channels, crop)
+    pixels = _DatasetPixels(dataset, (n, image_size, image_size, channels), crop)
     some = evenly_spread(min(LOOK_AT, n), n)
     floats = [image for image in map(pixels.raw, some.tolist()) if _is_float(image)]
     if floats and all(image.min() >= 0 for image in floats):
@@ -106,10 +106,10 @@ def dataset_images(
 class _DatasetPixels:
     """Indexed like an array of N x H x W x C uint8, and reads what it is asked for."""
 
-    def __init__(self, dataset: Dataset[Any], image_size: int, channels: int, crop: str) -> None:
+    def __init__(self, dataset: Dataset[Any], shape: tuple[int, ...], crop: str) -> None:
         self.dataset = dataset
         self.crop = crop
-        self.shape = (len(dataset), image_size, image_size, channels)  # type: ignore[arg-type]
+        self.shape = shape
         self.ndim, self.dtype = 4, np.dtype(np.uint8)
 
     def __len__(self) -> int:
