@@ -9,7 +9,9 @@ import fsspec
 import pytest
 
 from gan_lib import open_run, train_gan
+from gan_lib.base.errors import RunError
 from gan_lib.data.image_set import open_prepared
+from gan_lib.results.watching import LivePicture
 
 BEFORE = Path(__file__).parent / "data" / "before"
 (PREPARED,) = BEFORE.glob("prepared/*")
@@ -49,3 +51,21 @@ def test_a_run_of_before_goes_on_with_the_images_of_before(
     # Nothing was prepared again.
     (prepared,) = tmp_path.glob("prepared/*")
     assert {path.name for path in prepared.iterdir()} == {path.name for path in PREPARED.iterdir()}
+
+
+def test_who_watches_reads_the_records_of_a_finished_epoch_once(tmp_path: Path) -> None:
+    shutil.copytree(BEFORE / "run", tmp_path / "run")
+    records = tmp_path / "run" / "records"
+    newest = (records / "epoch_0002.jsonl").read_text()
+    picture = LivePicture(open_run(str(tmp_path / "run")))
+    assert picture.records()["iteration"].tolist() == [1, 2, 3, 4]
+    (records / "epoch_0001.jsonl").write_text("nobody reads this again")
+    (records / "epoch_0002.jsonl").write_text(newest.splitlines()[0])
+    assert picture.records()["iteration"].tolist() == [1, 2, 3]
+    (records / "epoch_0003.jsonl").write_text(newest.replace('"epoch": 2', '"epoch": 3'))
+    assert picture.records()["epoch"].tolist() == [1, 1, 2, 3, 3]
+    # What a job that goes back deletes is forgotten, and the last picture reads all anew.
+    (records / "epoch_0003.jsonl").unlink()
+    assert picture.records()["epoch"].tolist() == [1, 1, 2]
+    with pytest.raises(RunError, match="is damaged"):
+        picture.records(anew=True)

@@ -25,6 +25,7 @@ import pytest
 from test_shards import make_folder
 
 from gan_lib.__main__ import main
+from gan_lib.base.progress import parse_progress
 from gan_lib.sources import downloading, manifest
 from gan_lib.sources.source import find_source
 
@@ -170,7 +171,10 @@ def test_fetched_once_then_used(
 ) -> None:
     assert find_source("dogs").url == "s3://nowhere/dogs"
     assert main(FETCH) == 0
-    assert "allows everything" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "allows everything" in said
+    (line,) = filter(None, map(parse_progress, said.splitlines()))
+    assert (line.description, line.text) == ("fetching", "images.tar")
     assert main(FETCH) == 0
     assert server.ranges == [None]
     place = tmp_path / "cache" / "sources" / "dogs"

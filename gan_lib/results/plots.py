@@ -207,8 +207,8 @@ def plot_shares(shares: Sequence[Sequence[np.ndarray]], title: str) -> Figure:
     return figure
 
 
-def plot_progress(run: Run) -> Figure:
-    """Newest samples and all losses so far, side by side."""
+def plot_progress(run: Run, records: pd.DataFrame | None = None) -> Figure:
+    """Newest samples and all losses so far, side by side; `records` are the run's, if known."""
     figure, (left, right) = _figure(1, 2, figsize=(11, 4.4), width_ratios=(2, 3))
     kept = run.epochs("samples")
     if kept:
@@ -216,7 +216,7 @@ def plot_progress(run: Run) -> Figure:
     else:
         left.axis("off")
         left.set_title("no samples yet")
-    records = run.records()
+    records = run.records() if records is None else records
     if len(records):
         _draw_losses(right, records, smooth=max(1, len(records) // 50), losses=("loss_d", "loss_g"))
         right.legend()

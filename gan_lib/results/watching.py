@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
+
 from gan_lib.base.errors import RunError
 from gan_lib.base.progress import ProgressBar, is_headless, progress_text
 from gan_lib.results import plots
@@ -32,7 +34,7 @@ def watch_run(run: Run, goes_on: Callable[[], bool]) -> None:
         run: to be watched.
         goes_on: asked at every look.
     """
-    picture = _LivePicture(run)
+    picture = LivePicture(run)
     while "steps_per_epoch" not in run.info():
         if not goes_on():
             return
@@ -111,16 +113,18 @@ def _newest_record(run: Run) -> dict[str, Any] | None:
     return None
 
 
-class _LivePicture:
+class LivePicture:
     """Newest samples next to the losses, redrawn in place; only where somebody looks."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._handle: Any = None
         self._drawn_at = 0.0
+        self._records: dict[int, pd.DataFrame] = {}
         self._active = not is_headless() and _in_notebook()
 
     def update(self, final: bool = False) -> None:
+        """Draw it, if it was not just now; `final` draws it in any case."""
         now = time.monotonic()
         if not self._active or (now - self._drawn_at < SECONDS_BETWEEN_PICTURES and not final):
             return
@@ -128,13 +132,24 @@ class _LivePicture:
         from IPython.display import display
 
         try:
-            figure = plots.plot_progress(self._run)
+            figure = plots.plot_progress(self._run, self.records(anew=final))
         except RunError:
             return  # what was listed is gone: the next look finds what is there
         if self._handle is None:
             self._handle = display(figure, display_id=True)
         else:
             self._handle.update(figure)
+
+    def records(self, anew: bool = False) -> pd.DataFrame:
+        """The run's; a finished epoch does not change, so its file is read once."""
+        there = self._run.epochs("records")
+        # A job that goes back to its last checkpoint deletes what came after it.
+        self._records = {e: r for e, r in self._records.items() if e in there[:-1] and not anew}
+        new = self._run.records([epoch for epoch in there if epoch not in self._records])
+        if len(new):
+            self._records |= dict(iter(new.groupby("epoch")))
+        known = [self._records[epoch] for epoch in sorted(self._records)]
+        return pd.concat(known) if known else new
 
 
 def _in_notebook() -> bool:

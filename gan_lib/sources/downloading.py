@@ -102,7 +102,8 @@ def _fetch_into(target: Path, part: Path, entry: dict[str, Any]) -> None:
 
 def _download(url: str, part: Path, size: int) -> None:
     """Fill `part`, from where an earlier download stopped."""
-    with ProgressBar(size, f"fetching {url.rpartition('/')[2]}", "byte") as bar:
+    with ProgressBar(size, "fetching", "byte") as bar:
+        bar.update(0, url.rpartition("/")[2])
         for pause in (*PAUSES, None):
             try:
                 _go_on(url, part, size, bar)
