@@ -83,12 +83,10 @@ def share(url: str, path: str) -> None:
 async def _try(function: Callable[..., None], arguments: tuple[Any, ...], names: list[str]) -> str:
     """On a worker: why a call fails, empty if it does not.
 
-    Args:
-        function: in a thread, because the worker may be a rank of somebody's, and is not silent.
-        arguments: of it.
-        names: of the environment variables that the client has.
+    `names` are those of the environment variables that the client has.
     """
     try:
+        # In a thread, because the worker may be a rank of somebody's, and must not be silent.
         await asyncio.to_thread(function, *arguments)
     except Exception as error:
         # It keeps the keys, or the lack of them, with which it was opened.

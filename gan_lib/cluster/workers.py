@@ -58,9 +58,7 @@ def _signs(dask_scheduler: Scheduler) -> dict[str, tuple[float, bool]]:
 class Watch:
     """Looks after the workers of a cluster, for as long as somebody asks.
 
-    Args:
-        client: of the cluster.
-        patience: seconds of silence after which a worker counts no more as alive.
+    After `patience` seconds of silence a worker counts no more as alive.
     """
 
     def __init__(self, client: Client, patience: float = SECONDS_OF_SILENCE) -> None:
@@ -128,10 +126,7 @@ def in_thread(function: Callable[[], _T]) -> Future[_T]:
 def ask(client: Client, question: Callable[[], _T], workers: Sequence[str] = ()) -> _T:
     """What a cluster answers; Dask waits for ever for a worker that was suspended.
 
-    Args:
-        client: of the cluster.
-        question: asks it.
-        workers: that have to answer.
+    `workers` are those that have to answer.
 
     Raises:
         WorkerLostError: if it does not answer within `SECONDS_TO_ANSWER`, or one of the
@@ -193,12 +188,9 @@ def wait_for_workers(client: Client, wanted: int) -> None:
 
 
 def find_places(client: Client, wanted: int, most: int | None) -> list[Place]:
-    """Where the ranks of a new job go.
+    """Where the ranks of a new job go: at least `wanted`, at most `most`.
 
-    Args:
-        client: of the cluster.
-        wanted: how many there must be at least.
-        most: how many there may be; None means all that no other job uses.
+    Where `most` is None it takes all workers that no other job uses.
 
     Raises:
         ClusterError: if there are too few.

@@ -40,7 +40,9 @@ class Job:
         self.workers = self._supervisor.workers
         self.restarts = self._supervisor.restarts
         _SUPERVISORS.add(self._supervisor)
-        self._supervisor.start(places)
+        threading.Thread(
+            target=self._supervisor.supervise, args=(places,), name="supervising", daemon=True
+        ).start()
 
     def wait_for_ranks(self) -> None:
         """Wait until another job that is launched next would see that these workers are taken."""

@@ -75,21 +75,12 @@ def start_ranks(
 
 
 class RankGroup:
-    """Ranks that run together on a cluster, and fail together.
-
-    Args:
-        client: of the cluster.
-        futures: worker -> future, by rank, as `start_ranks` returns them.
-        watch: over the cluster's workers, if somebody keeps one already.
-
-    Attributes:
-        workers: addresses of their workers, by rank.
-    """
+    """Ranks that run together on a cluster, and fail together, as `start_ranks` started them."""
 
     def __init__(
         self, client: Client, futures: Mapping[str, Future[Any]], watch: Watch | None = None
     ) -> None:
-        self.workers = list(futures)
+        self._workers = list(futures)
         self._client = client
         self._futures = list(futures.values())
         self._error: BaseException | None = None
@@ -133,7 +124,7 @@ class RankGroup:
     def _cause(self) -> BaseException | None:
         gone = self._gone()
         if gone:
-            silent = [self.workers[rank] for rank in gone if self.workers[rank] in self._hanging]
+            silent = [self._workers[rank] for rank in gone if self._workers[rank] in self._hanging]
             if silent:
                 return WorkerLostError(
                     f"the worker of rank {gone[0]} ({silent[0]}) has not answered for "
@@ -141,7 +132,7 @@ class RankGroup:
                 )
             # What the other ranks raised is that this one closed its connections.
             return WorkerLostError(
-                f"the worker process of rank {gone[0]} ({self.workers[gone[0]]}) is gone: "
+                f"the worker process of rank {gone[0]} ({self._workers[gone[0]]}) is gone: "
                 "it was killed, ran out of memory, or its machine was lost"
             )
         first = min(self._failures(), key=lambda failure: failure.order, default=None)
@@ -173,10 +164,10 @@ class RankGroup:
         # A task that is pinned to a worker waits for it for ever, also when it has died.
         alive = self._watch.alive()
         # The end of one that hangs lets the others fail: they wait for what it will never send.
-        self._hanging = self._watch.end_hanging(self.workers)
+        self._hanging = self._watch.end_hanging(self._workers)
         return [
             rank
-            for rank, worker in enumerate(self.workers)
+            for rank, worker in enumerate(self._workers)
             if rank not in self._values and worker not in alive
         ]
 

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -102,18 +102,10 @@ def work_as_rank(function: Callable[..., Any], arguments: dict[str, Any], task: 
             "or start the workers with one thread each"
         )
     worker = get_worker()
-    told = {"LOCAL_RANK": str(task.gpu), ATTEMPT_VARIABLE: task.attempt}
-    LEAVE.clear()
-    ended = threading.Event()
-    watcher = threading.Thread(
-        target=_leave_when_unwanted,
-        args=(worker, worker.get_current_task(), ended, _connections()),
-        daemon=True,
-    )
-    watcher.start()
+    told = {"LOCAL_RANK": str(task.gpu), ATTEMPT_VARIABLE: task.attempt, **_dask_network(worker)}
     store = None
-    try:
-        with patch.dict(os.environ, told | _dask_network(worker)):
+    with _leaving_when_unwanted(worker), patch.dict(os.environ, told):
+        try:
             store = _meet(task)
             dist.init_process_group(
                 task.backend,
@@ -123,21 +115,15 @@ def work_as_rank(function: Callable[..., Any], arguments: dict[str, Any], task: 
                 timeout=datetime.timedelta(seconds=SECONDS_FOR_A_COLLECTIVE),
             )
             return function(**arguments)
-    except Exception as error:
-        # While this rank holds its connections, no other rank has noticed: so the order in
-        # which they count themselves here is the order in which they failed.
-        order = math.inf
-        if store is not None:
-            with contextlib.suppress(Exception):
-                order = store.add("failures", 1)
-        error.add_note(f"raised by rank {task.rank} of {task.world_size} on {worker.address}")
-        return Failure(*_portable(error), order)
-    finally:
-        ended.set()
-        watcher.join()
-        LEAVE.clear()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        except Exception as error:
+            # While this rank holds its connections, no other rank has noticed: so the order in
+            # which they count themselves here is the order in which they failed.
+            order = math.inf
+            if store is not None:
+                with contextlib.suppress(Exception):
+                    order = store.add("failures", 1)
+            error.add_note(f"raised by rank {task.rank} of {task.world_size} on {worker.address}")
+            return Failure(*_portable(error), order)
 
 
 def _meet(task: RankTask) -> TCPStore:
@@ -146,7 +132,7 @@ def _meet(task: RankTask) -> TCPStore:
     Raises:
         ConnectionError: if rank 0 is gone: it has listened before any rank was started.
         DistError, TimeoutError: if it cannot be reached for `SECONDS_TO_MEET`, or nobody waits
-            any more for this rank (see `_leave_when_unwanted`, which ends also the silence of
+            any more for this rank (see `_leaving_when_unwanted`, which ends also the silence of
             one that has accepted a connection).
     """
     is_first = task.rank == 0
@@ -173,38 +159,49 @@ def _meet(task: RankTask) -> TCPStore:
             return store
 
 
-def _leave_when_unwanted(
-    worker: Worker, key: Any, ended: threading.Event, before: set[tuple[Any, Any]]
-) -> None:
-    """In a thread beside a rank: have it end when its task is cancelled.
+@contextlib.contextmanager
+def _leaving_when_unwanted(worker: Worker) -> Iterator[None]:
+    """Inside, a rank is made to end when its task is cancelled; it parts from the others after it.
 
-    Dask cancels it when its client ends or is lost, and a job does when one of its ranks is lost.
-
-    Args:
-        worker: that the rank runs on.
-        key: of its task.
-        ended: set when the rank has ended.
-        before: this process's connections before the rank met the others.
+    Dask cancels the task when its client ends or is lost, and a job does when one of its ranks
+    is lost.
     """
-    while not ended.wait(SECONDS_BETWEEN_LOOKS):
-        task = worker.state.tasks.get(key)
-        if task is None or task.state == "cancelled":
-            LEAVE.set()
-            break
-    if ended.wait(SECONDS_TO_FAIL):
-        return
-    # It waits for another rank that will never answer.
-    with contextlib.suppress(Exception):
-        if dist.group.WORLD is not None:
-            dist.group.WORLD.abort()
-    for connection in psutil.Process().net_connections("tcp"):
-        if (connection.laddr, connection.raddr) not in before and connection.raddr:
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as sock:
-                sock.shutdown(socket.SHUT_RDWR)
+    before = {(c.laddr, c.raddr) for c in _connections()}
+    key = worker.get_current_task()
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(SECONDS_BETWEEN_LOOKS):
+            task = worker.state.tasks.get(key)
+            if task is None or task.state == "cancelled":
+                LEAVE.set()
+                break
+        if ended.wait(SECONDS_TO_FAIL):
+            return
+        # It waits for another rank that will never answer.
+        with contextlib.suppress(Exception):
+            if dist.group.WORLD is not None:
+                dist.group.WORLD.abort()
+        for c in _connections():
+            if (c.laddr, c.raddr) not in before and c.raddr:
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(c.fd)) as sock:
+                    sock.shutdown(socket.SHUT_RDWR)
+
+    LEAVE.clear()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+        LEAVE.clear()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def _connections() -> set[tuple[Any, Any]]:
-    return {(c.laddr, c.raddr) for c in psutil.Process().net_connections("tcp")}
+def _connections() -> list[Any]:
+    return psutil.Process().net_connections("tcp")
 
 
 def _portable(error: Exception) -> tuple[Exception, TracebackType | None]:

@@ -62,19 +62,10 @@ class Plan:
 class Supervisor:
     """Has the workers of a cluster train, in as many attempts as it takes.
 
-    Args:
-        client: of the cluster.
-        url: of the run directory, which becomes this job's own.
-        plan: what to do.
-        resume: whether the run goes on.
+    The run directory at `url` becomes its own. What it tells is shown by a `Job`.
 
     Attributes:
         name: of the job; what status.json names as the attempt begins with it.
-        run: its run directory.
-        workers: addresses of the workers, by rank.
-        restarts: why it was started again, a sentence for each time.
-        results: what each rank of the last attempt returned, by rank.
-        error: what ended the job, if it did not end well.
         begun: set when the ranks have been started, for the first time.
         ended: set when nothing is done any more.
     """
@@ -92,7 +83,8 @@ class Supervisor:
         self._attempt = self.name
         self._watch = Watch(client)
         self._used: set[str] = set()
-        self._joined_at: float | None = None
+        # When no worker was free, or wanted, for the last time.
+        self._busy_at = time.monotonic()
         self._most: int | None = None
         self._storage_failures = 0
         # What this process writes last of a job is that it parts from it.
@@ -104,13 +96,6 @@ class Supervisor:
             told = open_run(url).info() | {"parameters": plan.parameters.to_dict()}
             self._writer.submit_result(PARAMETERS, json.dumps(told, indent=2))
         self.run = open_run(url)
-
-    def start(self, places: list[Place]) -> None:
-        """Go to work in a thread, on these workers at first."""
-        self.workers[:] = [place.worker for place in places]
-        threading.Thread(
-            target=self._supervise, args=(places,), name="supervising", daemon=True
-        ).start()
 
     def stop(self, now: bool) -> None:
         """Ask for the end, as `Run.stop`, unless another job goes on with the run by now."""
@@ -124,7 +109,8 @@ class Supervisor:
                 self._say("interrupted")
         self._parted = True
 
-    def _supervise(self, places: list[Place]) -> None:
+    def supervise(self, places: list[Place]) -> None:
+        """Train until that has ended, well or not, on these workers at first."""
         try:
             while places:
                 wanted = self._plan.n_workers or len(places)
@@ -164,6 +150,7 @@ class Supervisor:
             return lost if isinstance(lost, OSError) else WorkerLostError(str(lost))
         finally:
             self.begun.set()
+        self._busy_at = time.monotonic()
         group = RankGroup(self.client, futures, self._watch)
         error = self._until_it_ends(group)
         if error is None:
@@ -236,18 +223,15 @@ class Supervisor:
 
     def _let_new_workers_in(self) -> None:
         """Have the ranks end after this epoch if there are more workers than they use."""
+        now = time.monotonic()
         if self._plan.function is not train_gan or len(self.workers) >= self._most_ranks():
+            self._busy_at = now
             return
         replace_lost_workers(self.client)
         if all(self._watch.alive().values()):
-            self._joined_at = None
-        elif self._joined_at is None:
-            self._joined_at = time.monotonic()
-        elif (
-            time.monotonic() - self._joined_at > SECONDS_TO_SETTLE
-            and not self._writer.exists(REGROUP)
-            and self._writer.owns()
-        ):
+            self._busy_at = now
+        settled = now - self._busy_at > SECONDS_TO_SETTLE
+        if settled and not self._writer.exists(REGROUP) and self._writer.owns():
             self._writer.submit_result(REGROUP, "")
 
     def _wants_more_workers(self) -> bool:
