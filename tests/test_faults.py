@@ -342,9 +342,9 @@ def test_no_fewer_workers_than_wanted_go_on(steady: TrainingParameters, tmp_path
 
 
 def die_when_the_ranks_meet() -> None:
-    import torch.distributed as dist
+    from gan_lib.jobs import rank_task
 
-    dist.TCPStore = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[misc]
+    rank_task.TCPStore = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[misc]
 
 
 def test_a_worker_that_is_killed_before_the_ranks_meet(
