@@ -1,6 +1,6 @@
 """What is kept of a run while it trains: files in the run directory, numbers for a handler.
 
-Rank 0 has a `RunKeeper`; where there is no run, and on all other ranks, a `Keeper` does nothing.
+Rank 0 has a `RunKeeper`; all other ranks, and a training without a run, have a `Keeper`.
 Files are written by a thread, in order: what a checkpoint builds on is there before it.
 """
 
