@@ -1,7 +1,6 @@
 """Which workers are there, and do they run this very code?
 
-A Dask cluster, started or joined; it
-knows nothing of training. Told by notebook 01.
+A Dask cluster, started or joined; it knows nothing of training. Told by notebook 01.
 """
 
 from typing import TYPE_CHECKING

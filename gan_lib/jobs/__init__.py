@@ -1,7 +1,6 @@
 """How is a training carried to a cluster and left alone there?
 
-Launched, watched over, started again
-where it was interrupted. Told by notebook 04.
+Launched, watched over, started again where it was interrupted. Told by notebook 04.
 """
 
 from typing import TYPE_CHECKING

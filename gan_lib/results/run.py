@@ -247,7 +247,7 @@ class Run:
 
         Raises:
             RunError: if `source` is needed, or the run has parameters of another gan_lib.
-            As `gan_lib.cluster.starting.launch`.
+            As `gan_lib.jobs.launching.launch`.
         """
         # Reading a run needs no cluster.
         from gan_lib.jobs.launching import launch
