@@ -145,9 +145,10 @@ class LivePicture:
         there = self._run.epochs("records")
         # A job that goes back to its last checkpoint deletes what came after it.
         self._records = {e: r for e, r in self._records.items() if e in there[:-1] and not anew}
-        new = self._run.records([epoch for epoch in there if epoch not in self._records])
+        missing = [epoch for epoch in there if epoch not in self._records]
+        new = self._run.records(missing)
         if len(new):
-            self._records |= dict(iter(new.groupby("epoch")))
+            self._records |= {epoch: new[new["epoch"] == epoch] for epoch in missing}
         known = [self._records[epoch] for epoch in sorted(self._records)]
         return pd.concat(known) if known else new
 
