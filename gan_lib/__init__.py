@@ -37,20 +37,4 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = lazily(
-    __name__,
-    {
-        "TrainingParameters": "parameters",
-        "prepare_images": "data.images",
-        "Generator": "gan.models",
-        "Discriminator": "gan.models",
-        "train_gan": "training.loop",
-        "start_cluster": "cluster.starting",
-        "connect": "cluster.starting",
-        "close_cluster": "cluster.starting",
-        "launch": "jobs.launching",
-        "run_ranks": "jobs.launching",
-        "open_run": "results.run",
-        "DaskResultsHandler": "jobs.results_handler",
-    },
-)
+__getattr__, __dir__, __all__ = lazily(__name__)

@@ -15,13 +15,4 @@ if TYPE_CHECKING:
     from gan_lib.base.seeds import stream_seed as stream_seed
     from gan_lib.base.storage import Folder as Folder
 
-__getattr__, __dir__, __all__ = lazily(
-    __name__,
-    {
-        "UserError": "errors",
-        "Folder": "storage",
-        "ProgressBar": "progress",
-        "stream_seed": "seeds",
-        "interruptible": "interrupts",
-    },
-)
+__getattr__, __dir__, __all__ = lazily(__name__)

@@ -12,10 +12,4 @@ if TYPE_CHECKING:
     from gan_lib.cli.notebooks import run_notebooks as run_notebooks
     from gan_lib.cli.profiles import read_profile as read_profile
 
-__getattr__, __dir__, __all__ = lazily(
-    __name__,
-    {
-        "run_notebooks": "notebooks",
-        "read_profile": "profiles",
-    },
-)
+__getattr__, __dir__, __all__ = lazily(__name__)

@@ -14,13 +14,4 @@ if TYPE_CHECKING:
     from gan_lib.cluster.starting import start_cluster as start_cluster
     from gan_lib.cluster.workers import find_places as find_places
 
-__getattr__, __dir__, __all__ = lazily(
-    __name__,
-    {
-        "start_cluster": "starting",
-        "connect": "starting",
-        "close_cluster": "starting",
-        "ship_package": "shipping",
-        "find_places": "workers",
-    },
-)
+__getattr__, __dir__, __all__ = lazily(__name__)

@@ -15,13 +15,4 @@ if TYPE_CHECKING:
     from gan_lib.data.image_set import ImageSet as ImageSet
     from gan_lib.data.images import prepare_images as prepare_images
 
-__getattr__, __dir__, __all__ = lazily(
-    __name__,
-    {
-        "prepare_images": "images",
-        "ImageSet": "image_set",
-        "Batches": "batches",
-        "epoch_shares": "batches",
-        "dataset_images": "datasets",
-    },
-)
+__getattr__, __dir__, __all__ = lazily(__name__)

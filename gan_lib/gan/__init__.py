@@ -15,13 +15,4 @@ if TYPE_CHECKING:
     from gan_lib.gan.steps import gan_loss as gan_loss
     from gan_lib.gan.steps import generator_step as generator_step
 
-__getattr__, __dir__, __all__ = lazily(
-    __name__,
-    {
-        "Generator": "models",
-        "Discriminator": "models",
-        "gan_loss": "steps",
-        "discriminator_step": "steps",
-        "generator_step": "steps",
-    },
-)
+__getattr__, __dir__, __all__ = lazily(__name__)

@@ -13,12 +13,4 @@ if TYPE_CHECKING:
     from gan_lib.jobs.launching import run_ranks as run_ranks
     from gan_lib.jobs.results_handler import DaskResultsHandler as DaskResultsHandler
 
-__getattr__, __dir__, __all__ = lazily(
-    __name__,
-    {
-        "launch": "launching",
-        "run_ranks": "launching",
-        "Job": "job",
-        "DaskResultsHandler": "results_handler",
-    },
-)
+__getattr__, __dir__, __all__ = lazily(__name__)

@@ -12,10 +12,4 @@ if TYPE_CHECKING:
     from gan_lib.practice.photographs import make_photographs as make_photographs
     from gan_lib.practice.s3_server import serve_s3 as serve_s3
 
-__getattr__, __dir__, __all__ = lazily(
-    __name__,
-    {
-        "make_photographs": "photographs",
-        "serve_s3": "s3_server",
-    },
-)
+__getattr__, __dir__, __all__ = lazily(__name__)

@@ -14,12 +14,4 @@ if TYPE_CHECKING:
     from gan_lib.results.run import open_run as open_run
     from gan_lib.results.writing import RunWriter as RunWriter
 
-__getattr__, __dir__, __all__ = lazily(
-    __name__,
-    {
-        "open_run": "run",
-        "Run": "run",
-        "RunWriter": "writing",
-        "Checkpoints": "checkpoints",
-    },
-)
+__getattr__, __dir__, __all__ = lazily(__name__)

@@ -14,12 +14,4 @@ if TYPE_CHECKING:
     from gan_lib.sources.manifest import sources as sources
     from gan_lib.sources.source import find_source as find_source
 
-__getattr__, __dir__, __all__ = lazily(
-    __name__,
-    {
-        "sources": "manifest",
-        "find_source": "source",
-        "list_files": "listing",
-        "fetch_files": "fetching",
-    },
-)
+__getattr__, __dir__, __all__ = lazily(__name__)

@@ -13,12 +13,4 @@ if TYPE_CHECKING:
     from gan_lib.training.ranks import Ranks as Ranks
     from gan_lib.training.ranks import distribute as distribute
 
-__getattr__, __dir__, __all__ = lazily(
-    __name__,
-    {
-        "train_gan": "loop",
-        "TrainingResult": "loop",
-        "Ranks": "ranks",
-        "distribute": "ranks",
-    },
-)
+__getattr__, __dir__, __all__ = lazily(__name__)
