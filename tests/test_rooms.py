@@ -16,8 +16,8 @@ from gan_lib.base.checkout import CHECKOUT
 PACKAGE = CHECKOUT / "gan_lib"
 # From the top.
 ROOMS = [
-    "cli", "jobs", "training", "results", "gan", "practice", "data", "cluster", "sources",
-    "parameters", "base",
+    "cli", "jobs", "training", "results", "quality", "gan", "practice", "data", "cluster",
+    "sources", "parameters", "base",
 ]  # fmt: skip
 # What a user calls on a run, and reaches what is above it only when it is called.
 REACHES_UP = {("gan_lib.results.run", f"gan_lib.{name}")
@@ -84,6 +84,7 @@ def test_each_room_says_which_question_it_answers(name: str) -> None:
         ("gan_lib.parameters", ["torch", "dask", "numpy"]),
         ("gan_lib.gan.steps", ["dask", "distributed", "obstore", "botocore", "matplotlib"]),
         ("gan_lib.gan.models", ["dask", "distributed", "obstore", "botocore", "matplotlib"]),
+        ("gan_lib.quality.scores", ["dask", "distributed", "obstore", "botocore", "matplotlib"]),
         ("gan_lib.cli.profiles", ["torch"]),
     ],
 )

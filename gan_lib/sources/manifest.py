@@ -76,7 +76,7 @@ def package_file(package: str, path: str, sha256: str) -> bytes:
             if found != sha256:
                 raise SourceError(
                     f"{path} of package {package!r} has SHA-256 {found}, expected {sha256}: "
-                    f"install the version that data_manifest.json names"
+                    "install it again, in the version that gan_lib asks for"
                 )
             return data
     raise SourceError(f"package {package!r} holds no file {path!r}: install it again")

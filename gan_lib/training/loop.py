@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from gan_lib.base.interrupts import interruptible
 from gan_lib.base.progress import ProgressBar, progress_text
+from gan_lib.base.weights import weights_checksum
 from gan_lib.data.batches import Batches
 from gan_lib.data.datasets import training_images
 from gan_lib.data.image_set import ImageSet
@@ -28,7 +29,6 @@ from gan_lib.training.ranks import (
     Ranks,
     pick_device,
     restarts_before,
-    weights_checksum,
 )
 from gan_lib.training.resuming import claim_run
 from gan_lib.training.stopwatch import Stopwatch

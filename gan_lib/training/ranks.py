@@ -7,13 +7,11 @@ nothing: so the same training function runs both ways.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping
-from itertools import chain
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
 from gan_lib.base.errors import ParameterError, ReplicaError
+from gan_lib.base.weights import weights_checksum
 from gan_lib.gan.steps import unwrap
 
 # Names the attempt of a supervised job that this process is a rank of: JOB-RESTARTS-ATTEMPT.
@@ -173,15 +172,6 @@ def speed_of_bfloat16(device: torch.device) -> str:
     if "amx_bf16" in told:
         return "faster"
     return "slower" if not told or "avx512_bf16" in told or "bf16" in told else "emulated"
-
-
-def weights_checksum(*states: Mapping[str, Tensor]) -> str:
-    """SHA-256 of all weights and buffers: equal where training left equal replicas."""
-    digest = hashlib.sha256()
-    for name, value in chain.from_iterable(state.items() for state in states):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest()
 
 
 def distribute(module: nn.Module) -> DDP:
