@@ -6,6 +6,7 @@ From the top; each imports only those below it:
     jobs        a training left alone on a cluster
     training    one rank's work
     results     what comes back
+    quality     how good the pictures are, and whether they are new
     gan         the two networks, and what a step teaches them
     practice    things to try it on
     data        files -> arrays -> batches

@@ -13,11 +13,4 @@ if TYPE_CHECKING:
     from gan_lib.quality.features import real_features as real_features
     from gan_lib.quality.scores import Reference as Reference
 
-__getattr__, __dir__, __all__ = lazily(
-    __name__,
-    {
-        "EfficientNetLite0": "features",
-        "real_features": "features",
-        "Reference": "scores",
-    },
-)
+__getattr__, __dir__, __all__ = lazily(__name__)
