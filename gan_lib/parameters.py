@@ -70,6 +70,11 @@ class TrainingParameters:
     keep_every: int = 0  # ... but not those of epochs that this divides; 0 divides none
     n_samples: int = 64  # images in each picture
 
+    # The measure: how far generated images are from real ones
+    quality_every: int = 0  # epochs between two measurements, and one at the end; 0 measures never
+    quality_images: int = 2000  # generated for each; at most half as many as there are real ones
+    patience: int = 0  # end after so many measurements without a gain beyond noise; 0 never does
+
     # The machine
     seed: int = 0  # decides weights, latent vectors, order and augmentation
     device: str = "auto"  # "auto" takes CUDA where there is one; or "cpu", "cuda"
@@ -94,8 +99,14 @@ class TrainingParameters:
         at_least_one = ("nz", "ngf", "ndf", "epochs", "batch_size", "record_every")
         for name in (*at_least_one, "sample_every", "checkpoint_every", "n_samples"):
             require_range(name, getattr(self, name), 1, None)
-        for name in ("max_images", "keep_checkpoints", "keep_every"):
+        for name in ("max_images", "keep_checkpoints", "keep_every", "quality_every", "patience"):
             require_range(name, getattr(self, name), 0, None)
+        require_range("quality_images", self.quality_images, 8, None)
+        if self.patience and not self.quality_every:
+            raise ParameterError(
+                f"patience is {self.patience}, and quality_every 0: nothing is measured that could "
+                "end the run. Set quality_every, such as 5"
+            )
         require_range("seed", self.seed, 0, 2**31 - 1)
         for name in ("lr_g", "lr_d"):
             if getattr(self, name) <= 0:

@@ -46,6 +46,8 @@ def test_json_round_trip() -> None:
         ({"real_label": 0.0}, ["real_label", "fake_label"]),
         ({"flip": 1}, ["flip", "1", "bool"]),
         ({"source": ""}, ["source"]),
+        ({"patience": 3}, ["patience", "3", "quality_every"]),
+        ({"quality_images": 4, "quality_every": 1}, ["quality_images", "4", "8 or more"]),
         ({"device": "tpu"}, ["device", "tpu", "cuda"]),
     ],
 )

@@ -17,7 +17,8 @@ from gan_lib.results.writing import OwnWriter, RunWriter, create_run
 
 # What a resumed run may be told anew; all else decides what its weights become.
 MAY_CHANGE = (
-    "epochs", "record_every", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_every"
+    "epochs", "record_every", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_every",
+    "quality_every", "quality_images", "patience",
 )  # fmt: skip
 
 
