@@ -20,6 +20,9 @@ IMAGE_SIZES = (16, 32, 64, 128, 256)
 CROPS = ("center", "squash", "box")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "float32", "bfloat16")
+LOSS_NAMES = ("bce", "hinge", "relativistic")
+NORMS = ("batch", "spectral", "none")
+CHANGES = ("translation", "cutout", "color")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class TrainingParameters:
     nz: int = 100  # length of the latent vector z
     ngf: int = 64  # generator width: feature maps before its last layer
     ndf: int = 64  # discriminator width: feature maps after its first layer
+    d_norm: str = "batch"  # of the discriminator's layers: "batch", "spectral" or "none"
+    conditional: bool = False  # tell both networks the class of each image
 
     # The training
     epochs: int = 25  # passes over all images
@@ -56,9 +61,14 @@ class TrainingParameters:
     beta2: float = 0.999  # Adam's second moment decay
     real_label: float = 0.5  # what the discriminator is told of real images
     fake_label: float = 0.0  # what the discriminator is told of generated images
+    loss: str = "bce"  # "bce" asks for labels; "hinge" for a margin; "relativistic" compares pairs
+    r1: float = 0.0  # weight of the penalty on the discriminator's slope; 0 means none
+    r1_every: int = 16  # steps between two penalties, each then so many times as heavy
+    ema_images: int = 0  # half-life, in images, of the generator's moving average; 0 means none
 
-    # Augmentation, on whole batches on the training device
+    # Augmentation: `flip` of the real images, the others of all that the discriminator sees
     flip: bool = True  # mirror each image left to right with probability 1/2
+    augment: str = ""  # DiffAugment: "translation,cutout,color" or parts of it
     color_jitter: float = 0.0  # brightness, contrast, saturation: each times 1 - this to 1 + this
     noise: float = 0.0  # standard deviation of Gaussian pixel noise, where white minus black is 2
 
@@ -96,16 +106,26 @@ class TrainingParameters:
         require_choice("crop", self.crop, CROPS)
         require_choice("device", self.device, DEVICES)
         require_choice("precision", self.precision, PRECISIONS)
-        at_least_one = ("nz", "ngf", "ndf", "epochs", "batch_size", "record_every")
+        require_choice("loss", self.loss, LOSS_NAMES)
+        require_choice("d_norm", self.d_norm, NORMS)
+        for change in self.changes:
+            require_choice("augment", change, CHANGES)
+        at_least_one = ("nz", "ngf", "ndf", "epochs", "batch_size", "record_every", "r1_every")
         for name in (*at_least_one, "sample_every", "checkpoint_every", "n_samples"):
             require_range(name, getattr(self, name), 1, None)
-        for name in ("max_images", "keep_checkpoints", "keep_every", "quality_every", "patience"):
+        zero_is_none = ("max_images", "keep_checkpoints", "keep_every", "quality_every", "patience")
+        for name in (*zero_is_none, "ema_images", "r1"):
             require_range(name, getattr(self, name), 0, None)
         require_range("quality_images", self.quality_images, 8, None)
         if self.patience and not self.quality_every:
             raise ParameterError(
                 f"patience is {self.patience}, and quality_every 0: nothing is measured that could "
                 "end the run. Set quality_every, such as 5"
+            )
+        if self.r1 > 0 and self.d_norm == "batch":
+            raise ParameterError(
+                f"r1 is {self.r1}, and d_norm is 'batch': with BatchNorm an image's score depends "
+                "on the others beside it, and the penalty means nothing. Use d_norm 'none'"
             )
         require_range("seed", self.seed, 0, 2**31 - 1)
         for name in ("lr_g", "lr_d"):
@@ -140,6 +160,11 @@ class TrainingParameters:
     def normalisation(self) -> tuple[float, float]:
         """Mean and standard deviation, as `normalise` takes them."""
         return self.pixel_mean, self.pixel_std
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """The names in `augment`."""
+        return tuple(name.strip() for name in self.augment.split(",") if name.strip())
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainingParameters:

@@ -16,8 +16,9 @@ from gan_lib.base.errors import DivergenceError, ParameterError, RunError
 from gan_lib.data.batches import Batch, Batches
 from gan_lib.data.image_set import ImageSet
 from gan_lib.data.images import prepare_images
+from gan_lib.gan.losses import gan_loss
 from gan_lib.gan.models import Discriminator, Generator, latent_vectors
-from gan_lib.gan.steps import discriminator_step, gan_loss, generator_step
+from gan_lib.gan.steps import Lesson, discriminator_step, generator_step
 from gan_lib.jobs.launching import run_ranks
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.run import open_run
@@ -64,7 +65,7 @@ def test_each_step_teaches_one_network_only() -> None:
     real, fake = torch.randn(8, 1, 16, 16), g(torch.randn(8, 8))
 
     before = _weights(g), _weights(d)
-    losses = discriminator_step(d, optimizer_d, real, fake)
+    losses = discriminator_step(d, optimizer_d, real, fake, Lesson())
     assert losses["loss_d"] == losses["loss_d_real"] + losses["loss_d_fake"]
     assert torch.equal(_weights(g), before[0])
     assert not torch.equal(_weights(d), before[1])
@@ -73,7 +74,7 @@ def test_each_step_teaches_one_network_only() -> None:
     before = _weights(g), _weights(d)
     for p in d.parameters():
         p.grad = None
-    generator_step(d, optimizer_g, fake)
+    generator_step(d, optimizer_g, real, fake, Lesson())
     assert not torch.equal(_weights(g), before[0])
     assert torch.equal(_weights(d), before[1])
     # Frozen: no work is spent on gradients that nobody uses.
@@ -114,10 +115,11 @@ def gradients_of_one_batch(batch: int) -> list[torch.Tensor]:
     weight = len(mine) * world_size / batch
     # A learning rate of 0: the gradients stay, the weights too.
     optimizer_g, optimizer_d = (torch.optim.SGD(m.parameters(), lr=0.0) for m in (g, d))
+    lesson = Lesson(weight=weight)
     fake = g(z[mine])
-    discriminator_step(d, optimizer_d, real[mine], fake, weight=weight)
+    discriminator_step(d, optimizer_d, real[mine], fake, lesson)
     found = [p.grad.clone() for p in d.parameters()]
-    generator_step(d, optimizer_g, fake, weight=weight)
+    generator_step(d, optimizer_g, real[mine], fake, lesson)
     return found + [p.grad.clone() for p in g.parameters()]
 
 

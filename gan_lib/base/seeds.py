@@ -6,7 +6,7 @@ import numpy as np
 
 # One stream of random numbers for each purpose, so that switching one of them
 # off leaves the others as they were.
-ORDER, FLIPS, PIXEL_NOISE, LATENTS, SAMPLES, WEIGHTS, COLOURS = range(7)
+ORDER, FLIPS, PIXEL_NOISE, LATENTS, SAMPLES, WEIGHTS, COLOURS, AUGMENTATION, CLASSES = range(9)
 
 
 def stream_seed(seed: int, purpose: int, *position: int) -> int:

@@ -1,4 +1,4 @@
-"""Arrays -> batches: disjoint, complete shares for every rank, augmented on the device.
+"""Arrays -> batches: disjoint, complete shares for every rank, mirrored on the device.
 
 All randomness is a function of the seed, the epoch and the step, and is drawn
 for the whole batch before each rank takes its share. So the ranks agree without
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from gan_lib.base.errors import ParameterError
-from gan_lib.base.seeds import COLOURS, FLIPS, ORDER, PIXEL_NOISE, stream_seed
+from gan_lib.base.seeds import FLIPS, ORDER, stream_seed
 from gan_lib.data.image_set import ImageSet
-from gan_lib.data.pixels import jitter_colours, normalise
+from gan_lib.data.pixels import normalise
 from gan_lib.parameters import TrainingParameters
 
 
@@ -72,6 +72,7 @@ class Batch:
 
     Attributes:
         images: float32, normalised, n x C x H x W, on the training device.
+        labels: int64, n, their classes, on the training device.
         share: the part `start:stop` of the whole batch that these images are.
         n_total: images of this step on all ranks together.
         weight: n * world_size / n_total. DDP gives every rank the same say in the
@@ -79,6 +80,7 @@ class Batch:
     """
 
     images: Tensor
+    labels: Tensor
     share: slice
     n_total: int
     weight: float
@@ -89,10 +91,10 @@ class Batches:
 
     Args:
         images: what to train on.
-        parameters: `batch_size`, `seed` and those of pixel values and augmentation are used.
+        parameters: `batch_size`, `seed`, `flip` and those of pixel values are used.
         rank: of this process, 0 to world_size - 1.
         world_size: number of ranks.
-        device: where the batches are put and augmented.
+        device: where the batches are put and mirrored.
 
     Raises:
         ParameterError: if there are too few images for that many ranks.
@@ -126,30 +128,18 @@ class Batches:
             # N x H x W x C seen as N x C x H x W is torch's channels_last: nothing is copied.
             images = normalise(pixels.permute(0, 3, 1, 2), *self.parameters.normalisation)
             share = slice(start, start + len(mine))
+            if self.parameters.flip:
+                images = self._flipped(images, epoch, step, share, n_total)
             yield Batch(
-                images=self._augment(images, epoch, step, share, n_total),
+                images=images,
+                labels=torch.from_numpy(self.images.labels[mine]).to(self.device),
                 share=share,
                 n_total=n_total,
                 weight=len(mine) * self.world_size / n_total,
             )
 
-    def _augment(self, images: Tensor, epoch: int, step: int, share: slice, n_total: int) -> Tensor:
-        p = self.parameters
-        if p.flip:
-            rng = np.random.default_rng(stream_seed(p.seed, FLIPS, epoch, step))
-            flips = torch.from_numpy(rng.random(n_total)[share] < 0.5).to(self.device)
-            images = torch.where(flips[:, None, None, None], images.flip(-1), images)
-        if p.color_jitter > 0:
-            rng = np.random.default_rng(stream_seed(p.seed, COLOURS, epoch, step))
-            drawn = 1 + p.color_jitter * (2 * rng.random((n_total, 3))[share] - 1)
-            factors = torch.from_numpy(drawn).to(images)
-            images = jitter_colours(images, factors, *p.normalisation)
-        if p.noise > 0:
-            # Drawn where it is used: a whole batch of pixels is too much to draw on each rank.
-            generator = torch.Generator(self.device)
-            generator.manual_seed(stream_seed(p.seed, PIXEL_NOISE, epoch, step, self.rank))
-            noise = torch.randn(images.shape, generator=generator, device=self.device)
-            mean, std = p.normalisation
-            black, white = -mean / std, (1 - mean) / std
-            images = images.add(noise, alpha=p.noise * (white - black) / 2).clamp(black, white)
-        return images
+    def _flipped(self, images: Tensor, epoch: int, step: int, share: slice, n_total: int) -> Tensor:
+        """Each image mirrored left to right with probability 1/2."""
+        rng = np.random.default_rng(stream_seed(self.parameters.seed, FLIPS, epoch, step))
+        flips = torch.from_numpy(rng.random(n_total)[share] < 0.5).to(self.device)
+        return torch.where(flips[:, None, None, None], images.flip(-1), images)

@@ -10,12 +10,15 @@ Both classes are ordinary modules that know nothing of ranks or clusters.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
+from gan_lib.base.errors import ParameterError
 from gan_lib.data.pixels import denormalise
 from gan_lib.parameters import IMAGE_SIZES, TrainingParameters
 
@@ -31,10 +34,12 @@ class Generator(nn.Module):
     """Makes images from latent vectors.
 
     `normalisation` is what the images it learns from are normalised by, mean and standard
-    deviation; `render` undoes it.
+    deviation; `render` undoes it. With `classes`, name -> number of real images, it makes images
+    of a class that it is told.
 
     Shapes:
-        (N, nz) or (N, nz, 1, 1) -> (N, channels, image_size, image_size), values in [-1, 1].
+        (N, nz) or (N, nz, 1, 1) -> (N, channels, image_size, image_size), values in [-1, 1];
+        with `classes` also labels, (N,), an index into them.
     """
 
     def __init__(
@@ -44,20 +49,27 @@ class Generator(nn.Module):
         nz: int = 100,
         ngf: int = 64,
         normalisation: tuple[float, float] = (0.5, 0.5),
+        classes: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.nz = nz
         self.normalisation = normalisation
+        self.classes = dict(classes or {})
+
+        def norm(width: int) -> nn.Module:
+            n_classes = len(self.classes)
+            return ClassBatchNorm(width, n_classes) if n_classes else nn.BatchNorm2d(width)
+
         widths = [ngf * factor for factor in reversed(_width_factors(image_size))]
         layers: list[nn.Module] = [
             nn.ConvTranspose2d(nz, widths[0], kernel_size=4, stride=1, padding=0, bias=False),
-            nn.BatchNorm2d(widths[0]),
+            norm(widths[0]),
             nn.ReLU(inplace=True),
         ]
         for c_in, c_out in pairwise(widths):
             layers += [
                 nn.ConvTranspose2d(c_in, c_out, kernel_size=4, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(c_out),
+                norm(c_out),
                 nn.ReLU(inplace=True),
             ]
         layers += [
@@ -69,9 +81,34 @@ class Generator(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.apply(initialise_weights)
 
-    def forward(self, z: Tensor) -> Tensor:
-        images: Tensor = self.layers(z.reshape(len(z), self.nz, 1, 1))
-        return images
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        x: Tensor = z.reshape(len(z), self.nz, 1, 1)
+        for layer in self.layers:
+            x = layer(x, labels) if isinstance(layer, ClassBatchNorm) else layer(x)
+        return x
+
+
+class ClassBatchNorm(nn.Module):
+    """BatchNorm whose factor and offset are those of each image's class.
+
+    Dumoulin et al. 2017, arXiv:1610.07629, section 2.2. The classes share one factor and one
+    offset, and have differences of their own, which begin small: where a class has few images,
+    it is drawn like the others.
+
+    Shapes:
+        (N, width, H, W) and labels (N,) -> (N, width, H, W).
+    """
+
+    def __init__(self, width: int, n_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(width)
+        self.own = nn.Embedding(n_classes, 2 * width)
+        nn.init.normal_(self.own.weight, 0.0, 0.02)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        factor, offset = self.own(labels)[:, :, None, None].chunk(2, dim=1)
+        normed: Tensor = self.norm(x)
+        return normed * (1 + factor) + offset
 
 
 class Discriminator(nn.Module):
@@ -81,36 +118,62 @@ class Discriminator(nn.Module):
     it (`binary_cross_entropy_with_logits`), which is the same function and does
     not overflow in bfloat16.
 
+    `norm` is what keeps its layers in measure: "batch", as published; "spectral", which keeps
+    each layer's slope at 1 (Miyato et al. 2018, arXiv:1802.05957); or "none", as gradient
+    penalties need it. With `n_classes` it judges an image together with its class, by a
+    projection (Miyato and Koyama 2018, arXiv:1802.05637, equation 3).
+
     Shapes:
-        (N, channels, image_size, image_size) -> (N,)
+        (N, channels, image_size, image_size) -> (N,); with `n_classes` also labels, (N,).
     """
 
-    def __init__(self, image_size: int = 64, channels: int = 3, ndf: int = 64) -> None:
+    def __init__(
+        self,
+        image_size: int = 64,
+        channels: int = 3,
+        ndf: int = 64,
+        norm: str = "batch",
+        n_classes: int = 0,
+    ) -> None:
         super().__init__()
         widths = [ndf * factor for factor in _width_factors(image_size)]
+        own_offset = norm != "batch"  # BatchNorm brings one
         # No BatchNorm on the first layer (section 3): it would hide the images' own statistics.
         layers: list[nn.Module] = [
-            nn.Conv2d(channels, widths[0], kernel_size=4, stride=2, padding=1, bias=False),
+            nn.Conv2d(channels, widths[0], kernel_size=4, stride=2, padding=1, bias=own_offset),
             nn.LeakyReLU(0.2, inplace=True),
         ]
         for c_in, c_out in pairwise(widths):
-            layers += [
-                nn.Conv2d(c_in, c_out, kernel_size=4, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(c_out),
-                nn.LeakyReLU(0.2, inplace=True),
-            ]
+            layers += [nn.Conv2d(c_in, c_out, 4, stride=2, padding=1, bias=own_offset)]
+            layers += [nn.BatchNorm2d(c_out)] if norm == "batch" else []
+            layers += [nn.LeakyReLU(0.2, inplace=True)]
         layers += [nn.Conv2d(widths[-1], 1, kernel_size=4, stride=1, padding=0, bias=False)]
         self.layers = nn.Sequential(*layers)
-        self.apply(initialise_weights)
+        self.of_class = nn.Embedding(n_classes, widths[-1]) if n_classes else None
+        self.apply(initialise_weights if norm == "batch" else initialise_without_norm)
+        if norm == "spectral":
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d | nn.Embedding):
+                    spectral_norm(module)
 
-    def forward(self, images: Tensor) -> Tensor:
-        scores: Tensor = self.layers(images)
-        return scores.reshape(-1)
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        features: Tensor = self.layers[:-1](images)
+        scores: Tensor = self.layers[-1](features).reshape(-1)
+        if self.of_class is not None:
+            scores = scores + (self.of_class(labels) * features.sum((2, 3))).sum(1)
+        return scores
 
 
-def generator_of(p: TrainingParameters) -> Generator:
-    """A new generator as the parameters describe it."""
-    return Generator(p.image_size, p.channels, p.nz, p.ngf, p.normalisation)
+def generator_of(p: TrainingParameters, classes: Mapping[str, int] | None = None) -> Generator:
+    """A new generator as the parameters describe it; `classes` are used if it is conditional."""
+    told = classes if p.conditional else None
+    return Generator(p.image_size, p.channels, p.nz, p.ngf, p.normalisation, told)
+
+
+def discriminator_of(p: TrainingParameters, n_classes: int = 0) -> Discriminator:
+    """A new discriminator as the parameters describe it, see `generator_of`."""
+    told = n_classes if p.conditional else 0
+    return Discriminator(p.image_size, p.channels, p.ndf, p.d_norm, told)
 
 
 def initialise_weights(module: nn.Module) -> None:
@@ -120,6 +183,22 @@ def initialise_weights(module: nn.Module) -> None:
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+
+
+def initialise_without_norm(module: nn.Module) -> None:
+    """Weights that neither weaken nor strengthen what goes through them, for `module.apply`.
+
+    He et al. 2015, arXiv:1502.01852, equation 15: without BatchNorm, DCGAN's small weights would
+    leave next to nothing of an image at the other end.
+    """
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, a=0.2)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, 0.0, 0.02)
 
 
 def latent_vectors(n: int, nz: int, seed: int) -> Tensor:
@@ -127,27 +206,76 @@ def latent_vectors(n: int, nz: int, seed: int) -> Tensor:
     return torch.randn(n, nz, generator=torch.Generator().manual_seed(seed))
 
 
+def random_labels(generator: Generator, n: int, seed: int) -> Tensor | None:
+    """Classes to draw, n, as often as they are among the real images; None if there are none."""
+    if not generator.classes:
+        return None
+    counts = torch.tensor(list(generator.classes.values()), dtype=torch.float64)
+    random = torch.Generator().manual_seed(seed)
+    return torch.multinomial(counts, n, replacement=True, generator=random)
+
+
 @torch.no_grad()
-def render(generator: Generator, z: Tensor) -> np.ndarray:
+def render(generator: Generator, z: Tensor, labels: Tensor | None = None) -> np.ndarray:
     """The images of latent vectors, in eval mode: uint8, N x H x W x C.
 
-    Eval mode, so that an image depends on its own latent vector alone and not
-    on what else is in the batch.
+    Eval mode, so that an image depends on its own latent vector (and class) alone and not
+    on what else is in the batch. `labels` are needed where the generator has classes.
     """
     device = next(generator.parameters()).device
     was_training = generator.training
     generator.eval()
     try:
-        images = torch.cat([generator(part.to(device)) for part in z.split(256)])
+        told = [z] if labels is None else [z, labels]
+        parts = zip(*(values.to(device).split(256) for values in told), strict=True)
+        images = torch.cat([generator(*part) for part in parts])
     finally:
         generator.train(was_training)
     pixels = denormalise(images, *generator.normalisation).cpu()
     return pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def generate_images(generator: Generator, n: int, seed: int = 0) -> np.ndarray:
-    """Make `n` new images: uint8, n x H x W x C."""
-    return render(generator, latent_vectors(n, generator.nz, seed))
+def generate_images(
+    generator: Generator, n: int, seed: int = 0, of: str | None = None
+) -> np.ndarray:
+    """Make `n` new images: uint8, n x H x W x C.
+
+    Args:
+        generator: trained.
+        n: how many.
+        seed: another one, other images.
+        of: a class, by its name or a part of it; None draws them as often as they are among the
+            real images.
+
+    Raises:
+        ParameterError: if there is no such class.
+    """
+    z, labels = latent_vectors(n, generator.nz, seed), random_labels(generator, n, seed)
+    if of is not None:
+        labels = torch.full((n,), class_called(generator, of))
+    return render(generator, z, labels)
+
+
+def class_called(generator: Generator, name: str) -> int:
+    """Index of the one class whose name is `name`, or holds it.
+
+    Raises:
+        ParameterError: if there is none, or more than one.
+    """
+    names = list(generator.classes)
+    if name in names:
+        return names.index(name)
+    found = [known for known in names if name.lower() in known.lower()]
+    if len(found) == 1:
+        return names.index(found[0])
+    if not names:
+        raise ParameterError(
+            f"of is {name!r}, and this generator knows no classes: train one with conditional=True"
+        )
+    raise ParameterError(
+        f"of is {name!r}, which is the name of {len(found) or 'none'} of its classes: take one of "
+        + ", ".join(found or names)
+    )
 
 
 def count_parameters(module: nn.Module) -> int:

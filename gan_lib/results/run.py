@@ -208,16 +208,21 @@ class Run:
         return checkpoints.read(Position(int(epoch)))
 
     def generator(self, epoch: int | str = "latest") -> Generator:
-        """The generator as it was after an epoch, in eval mode on the CPU."""
-        generator = generator_of(self.parameters)
+        """The generator as it was after an epoch, in eval mode on the CPU.
+
+        It is the moving average, where the run kept one (`ema_images`).
+        """
         state = self.checkpoint(epoch)
         with self._understanding("checkpoints"):
-            generator.load_state_dict(state["generator"])
+            generator = generator_of(self.parameters, state.get("classes"))
+            generator.load_state_dict(state.get("average", state["generator"]))
         return generator.eval()
 
-    def generate(self, n: int, epoch: int | str = "latest", seed: int = 0) -> np.ndarray:
-        """Make `n` new images: uint8, n x H x W x C."""
-        return generate_images(self.generator(epoch), n, seed)
+    def generate(
+        self, n: int, epoch: int | str = "latest", seed: int = 0, of: str | None = None
+    ) -> np.ndarray:
+        """Make `n` new images: uint8, n x H x W x C; `of` a class, see `generate_images`."""
+        return generate_images(self.generator(epoch), n, seed, of)
 
     def stop(self, now: bool = False) -> None:
         """Ask the training to end, with a picture and a checkpoint; it can be resumed.

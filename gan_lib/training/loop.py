@@ -118,7 +118,7 @@ def train_gan(
     ranks.require_equal("parameters and images", (parameters.to_dict(), checksum, resume))
     batches = Batches(images, parameters, ranks.rank, ranks.world_size, device)
 
-    training = Training(parameters, ranks, device)
+    training = Training(parameters, ranks, device, images.images_per_class())
     attempt = os.environ.get(ATTEMPT_VARIABLE, "")
     with interruptible(LEAVE):
         if run is not None:
@@ -192,7 +192,7 @@ def _run_epochs(
         asked=asked,
         run=None,
         records=all_records if ranks.rank == 0 else [],
-        generator=None if ranks.distributed else training.generator.cpu().eval(),
+        generator=None if ranks.distributed else training.artist().cpu().eval(),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from gan_lib.base.errors import DivergenceError
-from gan_lib.base.seeds import LATENTS, SAMPLES, WEIGHTS, stream_seed
+from gan_lib.base.seeds import CLASSES, LATENTS, SAMPLES, WEIGHTS, stream_seed
 from gan_lib.data.batches import Batch
-from gan_lib.gan.models import Discriminator, generator_of, latent_vectors, render
-from gan_lib.gan.steps import autocast, discriminator_step, generator_step
+from gan_lib.gan.augmentation import Look
+from gan_lib.gan.averaging import MovingAverage
+from gan_lib.gan.models import (
+    Generator,
+    discriminator_of,
+    generator_of,
+    latent_vectors,
+    random_labels,
+    render,
+)
+from gan_lib.gan.steps import Lesson, autocast, discriminator_step, generator_step
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.files import LOSSES
 from gan_lib.training.ranks import Ranks, distribute, pick_precision
@@ -29,9 +38,16 @@ class Training:
     """The two networks, their optimisers, and where in the run they are.
 
     `g` and `d` are `generator` and `discriminator`, with several ranks wrapped in DDP.
+    `classes` are the images' classes with the number of images of each.
     """
 
-    def __init__(self, parameters: TrainingParameters, ranks: Ranks, device: torch.device) -> None:
+    def __init__(
+        self,
+        parameters: TrainingParameters,
+        ranks: Ranks,
+        device: torch.device,
+        classes: Mapping[str, int] | None = None,
+    ) -> None:
         p = self.parameters = parameters
         self.ranks = ranks
         self.device = device
@@ -39,17 +55,22 @@ class Training:
         self.epoch = 0
         self.steps_done = 0  # of the epoch after that
         self.iteration = 0
+        self.seen = 0  # images, by all ranks together
         with torch.random.fork_rng(devices=[]):
             # On the CPU, so that every device starts from the same weights.
             torch.manual_seed(stream_seed(p.seed, WEIGHTS))
-            self.generator = generator_of(p)
-            self.discriminator = Discriminator(p.image_size, p.channels, p.ndf)
+            self.generator = generator_of(p, classes)
+            self.discriminator = discriminator_of(p, len(classes or ()))
         self.g = self._place(self.generator)
         self.d = self._place(self.discriminator)
         betas = (p.beta1, p.beta2)
         self.optimizer_g = torch.optim.Adam(self.g.parameters(), lr=p.lr_g, betas=betas)
         self.optimizer_d = torch.optim.Adam(self.d.parameters(), lr=p.lr_d, betas=betas)
+        self.average = MovingAverage(self.generator, p.ema_images) if p.ema_images else None
         self.sample_latents = latent_vectors(p.n_samples, p.nz, stream_seed(p.seed, SAMPLES))
+        self.sample_labels = random_labels(
+            self.generator, p.n_samples, stream_seed(p.seed, CLASSES)
+        )
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -66,16 +87,33 @@ class Training:
         p = self.parameters
         seed = stream_seed(p.seed, LATENTS, self.iteration)
         z = latent_vectors(batch.n_total, p.nz, seed)[batch.share].to(self.device)
+        lesson = self.lesson(batch)
         with autocast(self.device, self.precision):
-            fake = self.g(z)
-        how = batch.weight, self.precision
-        losses = discriminator_step(
-            self.d, self.optimizer_d, batch.images, fake, p.real_label, p.fake_label, *how
-        )
-        losses |= generator_step(self.d, self.optimizer_g, fake, p.real_label, *how)
+            # Of the same classes as the real images beside them.
+            fake = self.g(z, *lesson.given)
+        losses = discriminator_step(self.d, self.optimizer_d, batch.images, fake, lesson)
+        losses |= generator_step(self.d, self.optimizer_g, batch.images, fake, lesson)
         self.iteration += 1
         self.steps_done += 1
+        self.seen += batch.n_total
+        if self.average:
+            self.average.update(self.generator, batch.n_total, self.seen)
         return losses
+
+    def lesson(self, batch: Batch) -> Lesson:
+        """What the next step teaches by."""
+        p = self.parameters
+        penalised = p.r1 > 0 and self.iteration % p.r1_every == 0
+        return Lesson(
+            loss=p.loss,
+            real_label=p.real_label,
+            fake_label=p.fake_label,
+            r1=p.r1 * p.r1_every if penalised else 0.0,
+            labels=batch.labels if p.conditional else None,
+            look=Look(p, self.iteration, batch.share, batch.n_total, self.ranks.rank),
+            weight=batch.weight,
+            precision=self.precision,
+        )
 
     def average_statistics(self) -> None:
         """Give every rank the mean of the ranks' BatchNorm statistics.
@@ -87,9 +125,16 @@ class Training:
             for _, buffer in self._statistics():
                 buffer.copy_(self.ranks.mean(buffer))
 
+    def artist(self) -> Generator:
+        """The generator to draw with: the moving average, if there is one."""
+        if self.average is None:
+            return self.generator
+        self.average.copy_statistics(self.generator)
+        return self.average.generator
+
     def draw(self) -> np.ndarray:
         """The images of the run's own latent vectors: uint8, N x H x W x C."""
-        return render(self.generator, self.sample_latents)
+        return render(self.artist(), self.sample_latents, self.sample_labels)
 
     def check_losses(self, steps: list[list[float]]) -> None:
         """Raise DivergenceError for the first of the last `steps` that has no finite loss.
@@ -127,7 +172,10 @@ class Training:
             "epoch": self.epoch,
             "step": self.steps_done,
             "iteration": self.iteration,
+            "seen": self.seen,
             "parameters": self.parameters.to_dict(),
+            "classes": self.generator.classes,
+            **({"average": self.artist().state_dict()} if self.average else {}),
             **{name: module.state_dict() for name, module in self.networks.items()},
             "optimizer_g": self.optimizer_g.state_dict(),
             "optimizer_d": self.optimizer_d.state_dict(),
@@ -139,8 +187,11 @@ class Training:
         self.epoch = state["epoch"]
         self.steps_done = state.get("step", 0)
         self.iteration = state["iteration"]
+        self.seen = state.get("seen", 0)
         for name, module in self.networks.items():
             module.load_state_dict(state[name])
+        if self.average:
+            self.average.generator.load_state_dict(state["average"])
         self.optimizer_g.load_state_dict(state["optimizer_g"])
         self.optimizer_d.load_state_dict(state["optimizer_d"])
         by_rank = state.get("statistics", [])
