@@ -82,10 +82,11 @@ class Generator(nn.Module):
         self.apply(initialise_weights)
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        x: Tensor = z.reshape(len(z), self.nz, 1, 1)
+        x = z.reshape(len(z), self.nz, 1, 1)
         for layer in self.layers:
             x = layer(x, labels) if isinstance(layer, ClassBatchNorm) else layer(x)
-        return x
+        images: Tensor = x
+        return images
 
 
 class ClassBatchNorm(nn.Module):
