@@ -82,11 +82,10 @@ class Generator(nn.Module):
         self.apply(initialise_weights)
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        x = z.reshape(len(z), self.nz, 1, 1)
+        x: Tensor = z.reshape(len(z), self.nz, 1, 1)
         for layer in self.layers:
             x = layer(x, labels) if isinstance(layer, ClassBatchNorm) else layer(x)
-        images: Tensor = x
-        return images
+        return x
 
 
 class ClassBatchNorm(nn.Module):
@@ -108,8 +107,8 @@ class ClassBatchNorm(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         factor, offset = self.own(labels)[:, :, None, None].chunk(2, dim=1)
-        normed: Tensor = self.norm(x)
-        return normed * (1 + factor) + offset
+        normed: Tensor = self.norm(x) * (1 + factor) + offset
+        return normed
 
 
 class Discriminator(nn.Module):
