@@ -9,7 +9,8 @@ from gan_lib.data.batches import Batches, epoch_shares
 from gan_lib.data.image_set import ImageSet
 from gan_lib.data.pixels import denormalise, jitter_colours, normalise
 from gan_lib.gan.augmentation import Look
-from gan_lib.gan.models import Generator, render
+from gan_lib.gan.drawing import render
+from gan_lib.gan.models import Generator
 from gan_lib.gan.steps import REAL
 from gan_lib.parameters import TrainingParameters
 

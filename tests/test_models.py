@@ -5,13 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from gan_lib.gan.models import (
-    Discriminator,
-    Generator,
-    count_parameters,
-    generate_images,
-    layer_shapes,
-)
+from gan_lib.gan.drawing import generate_images
+from gan_lib.gan.models import Discriminator, Generator, count_parameters, layer_shapes
 
 
 def test_published_dcgan_at_64_pixels() -> None:

@@ -101,7 +101,7 @@ def test_animation_of_the_samples(run: Run) -> None:
 
 
 def test_walk_begins_and_ends_at_latent_vectors(run: Run) -> None:
-    from gan_lib.gan.models import latent_vectors, render
+    from gan_lib.gan.drawing import latent_vectors, render
 
     generator = run.generator()
     way = plots.latent_walk(generator, stops=3, steps=4, seed=1)

@@ -16,6 +16,7 @@ from gan_lib.base.errors import ParameterError
 from gan_lib.data.image_set import ImageSet
 from gan_lib.gan.augmentation import NUMBERS, Look, augment, numbers_for
 from gan_lib.gan.averaging import MovingAverage
+from gan_lib.gan.drawing import generate_images, latent_vectors
 from gan_lib.gan.losses import (
     gan_loss,
     loss_of_generator,
@@ -23,7 +24,7 @@ from gan_lib.gan.losses import (
     loss_on_fake,
     loss_on_real,
 )
-from gan_lib.gan.models import Discriminator, Generator, generate_images, latent_vectors
+from gan_lib.gan.models import Discriminator, Generator
 from gan_lib.gan.steps import FAKE, REAL, Lesson, discriminator_step, generator_step, r1_penalty
 from gan_lib.jobs.launching import run_ranks
 from gan_lib.parameters import TrainingParameters

@@ -17,7 +17,7 @@ from distributed import Client, get_client
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gan_lib.base.errors import RunError
-from gan_lib.gan.models import render
+from gan_lib.gan.drawing import render
 from gan_lib.jobs.launching import launch
 from gan_lib.jobs.results_handler import DaskResultsHandler
 from gan_lib.parameters import TrainingParameters
@@ -49,7 +49,7 @@ def test_samples_are_the_same_latent_vectors_every_time(run: Run) -> None:
     samples = run.samples()
     assert {picture.shape for picture in samples.values()} == {(64, 64, 1)}
     from gan_lib.base.seeds import SAMPLES, stream_seed
-    from gan_lib.gan.models import latent_vectors
+    from gan_lib.gan.drawing import latent_vectors
 
     z = latent_vectors(16, run.parameters.nz, stream_seed(run.parameters.seed, SAMPLES))
     np.testing.assert_array_equal(samples[4], image_grid(render(run.generator(4), z)))

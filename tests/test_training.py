@@ -16,8 +16,9 @@ from gan_lib.base.errors import DivergenceError, ParameterError, RunError
 from gan_lib.data.batches import Batch, Batches
 from gan_lib.data.image_set import ImageSet
 from gan_lib.data.images import prepare_images
+from gan_lib.gan.drawing import latent_vectors
 from gan_lib.gan.losses import gan_loss
-from gan_lib.gan.models import Discriminator, Generator, latent_vectors
+from gan_lib.gan.models import Discriminator, Generator
 from gan_lib.gan.steps import Lesson, discriminator_step, generator_step
 from gan_lib.jobs.launching import run_ranks
 from gan_lib.parameters import TrainingParameters

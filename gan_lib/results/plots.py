@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from gan_lib.data.image_set import ImageSet, evenly_spread
-from gan_lib.gan.models import Generator, latent_vectors, render
+from gan_lib.gan.drawing import latent_vectors, render
+from gan_lib.gan.models import Generator
 from gan_lib.results.files import LOSSES
 from gan_lib.results.pictures import gif_bytes, image_grid
 from gan_lib.results.run import Run

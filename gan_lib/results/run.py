@@ -18,7 +18,8 @@ from gan_lib.base.errors import RunError, describe
 from gan_lib.base.storage import Folder
 from gan_lib.data.image_set import ImageSet
 from gan_lib.data.images import prepare_images
-from gan_lib.gan.models import Generator, generate_images, generator_of
+from gan_lib.gan.drawing import generate_images
+from gan_lib.gan.models import Generator, generator_of
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results import files
 from gan_lib.results.checkpoints import Checkpoints, Position

@@ -15,14 +15,8 @@ from gan_lib.base.seeds import CLASSES, LATENTS, SAMPLES, WEIGHTS, stream_seed
 from gan_lib.data.batches import Batch
 from gan_lib.gan.augmentation import Look
 from gan_lib.gan.averaging import MovingAverage
-from gan_lib.gan.models import (
-    Generator,
-    discriminator_of,
-    generator_of,
-    latent_vectors,
-    random_labels,
-    render,
-)
+from gan_lib.gan.drawing import latent_vectors, random_labels, render
+from gan_lib.gan.models import Generator, discriminator_of, generator_of
 from gan_lib.gan.steps import Lesson, autocast, discriminator_step, generator_step
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.files import LOSSES

@@ -1,0 +1,88 @@
+"""A trained generator draws: latent vectors, and the images that it makes of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gan_lib.base.errors import ParameterError
+from gan_lib.data.pixels import denormalise
+from gan_lib.gan.models import Generator
+
+
+def latent_vectors(n: int, nz: int, seed: int) -> Tensor:
+    """Standard normal latent vectors, n x nz, the same for the same seed on every device."""
+    return torch.randn(n, nz, generator=torch.Generator().manual_seed(seed))
+
+
+def random_labels(generator: Generator, n: int, seed: int) -> Tensor | None:
+    """Classes to draw, n, as often as they are among the real images; None if there are none."""
+    if not generator.classes:
+        return None
+    counts = torch.tensor(list(generator.classes.values()), dtype=torch.float64)
+    random = torch.Generator().manual_seed(seed)
+    return torch.multinomial(counts, n, replacement=True, generator=random)
+
+
+@torch.no_grad()
+def render(generator: Generator, z: Tensor, labels: Tensor | None = None) -> np.ndarray:
+    """The images of latent vectors, in eval mode: uint8, N x H x W x C.
+
+    Eval mode, so that an image depends on its own latent vector (and class) alone and not
+    on what else is in the batch. `labels` are needed where the generator has classes.
+    """
+    device = next(generator.parameters()).device
+    was_training = generator.training
+    generator.eval()
+    try:
+        told = [z] if labels is None else [z, labels]
+        parts = zip(*(values.to(device).split(256) for values in told), strict=True)
+        images = torch.cat([generator(*part) for part in parts])
+    finally:
+        generator.train(was_training)
+    pixels = denormalise(images, *generator.normalisation).cpu()
+    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def generate_images(
+    generator: Generator, n: int, seed: int = 0, of: str | None = None
+) -> np.ndarray:
+    """Make `n` new images: uint8, n x H x W x C.
+
+    Args:
+        generator: trained.
+        n: how many.
+        seed: another one, other images.
+        of: a class, by its name or a part of it; None draws them as often as they are among the
+            real images.
+
+    Raises:
+        ParameterError: if there is no such class.
+    """
+    z, labels = latent_vectors(n, generator.nz, seed), random_labels(generator, n, seed)
+    if of is not None:
+        labels = torch.full((n,), class_called(generator, of))
+    return render(generator, z, labels)
+
+
+def class_called(generator: Generator, name: str) -> int:
+    """Index of the one class whose name is `name`, or holds it.
+
+    Raises:
+        ParameterError: if there is none, or more than one.
+    """
+    names = list(generator.classes)
+    if name in names:
+        return names.index(name)
+    found = [known for known in names if name.lower() in known.lower()]
+    if len(found) == 1:
+        return names.index(found[0])
+    if not names:
+        raise ParameterError(
+            f"of is {name!r}, and this generator knows no classes: train one with conditional=True"
+        )
+    raise ParameterError(
+        f"of is {name!r}, which is the name of {len(found) or 'none'} of its classes: take one of "
+        + ", ".join(found or names)
+    )
