@@ -1,7 +1,8 @@
-"""What does each part of the recipe gain: in pictures, at equal images and at equal seconds?
+r"""What does each part of the recipe gain: in pictures, at equal images and at equal seconds?
 
     python benchmarks/recipes.py --source FOLDER --out runs/recipes
-    python benchmarks/recipes.py --source FOLDER --out runs/recipes --images 3000000 --recipes article all
+    python benchmarks/recipes.py --source FOLDER --out runs/recipes --images 3000000 \
+        --recipes article all
 
 Trains the article's recipe, each part added to it alone, and all together, with each seed; then
 prints their kernel distance (KID) from the real images, and draws a row of images for each.
@@ -27,7 +28,13 @@ from gan_lib.results.run import Run, open_run
 from gan_lib.training.loop import train_gan
 
 # What each is, beside the article's: plain DCGAN with real_label 0.5.
-ALL: dict[str, Any] = {"ema_images": 20_000, "real_label": 0.9, "conditional": True}
+ALL: dict[str, Any] = {
+    "ema_images": 20_000,
+    "real_label": 0.9,
+    "conditional": True,
+    "batch_size": 32,
+    "lr_d": 4e-4,
+}
 RECIPES: dict[str, dict[str, Any]] = {
     "article": {},
     "moving average": {"ema_images": 20_000},
