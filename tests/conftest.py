@@ -14,6 +14,7 @@ import pytest
 import torch
 from distributed import Client
 
+from gan_lib.base.checkout import CHECKOUT
 from gan_lib.cluster.starting import close_cluster, start_cluster
 from gan_lib.data.image_set import ImageSet
 from gan_lib.data.images import prepare_images
@@ -43,6 +44,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def mypy(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str] | None]:
+    """mypy over the package, beside the tests that come before the one that wants its answer."""
+    if not any("types_are" in item.name for item in request.session.items):
+        yield None
+        return
+    command = ["nice", sys.executable, "-m", "mypy"]
+    with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
+
+
 @pytest.fixture(scope="session")
 def tiny() -> TrainingParameters:
     """A training of seconds: 96 silhouettes of 16 pixels, 3 steps an epoch."""
@@ -67,7 +80,8 @@ def silhouettes() -> ImageSet:
 
 
 @pytest.fixture(scope="session")
-def client() -> Iterator[Client]:
+def client(s3: str) -> Iterator[Client]:
+    """A cluster of two workers, which find the S3 server in their environment."""
     client = start_cluster(2, device="cpu")
     yield client
     close_cluster(client)

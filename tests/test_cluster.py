@@ -100,19 +100,20 @@ def test_two_jobs_share_a_cluster(client: Client, tiny: TrainingParameters, tmp_
     assert both[0] == both[1]
 
 
-def test_no_port_stays_open_after_a_job(own_client: Client, tiny: TrainingParameters) -> None:
+def test_no_port_stays_open_after_a_job(client: Client, tiny: TrainingParameters) -> None:
     def listening() -> set[int]:
         process = psutil.Process()
         found = process.net_connections("inet")
         return {c.laddr.port for c in found if c.status == psutil.CONN_LISTEN}
 
-    before = own_client.run(listening)
+    before = client.run(listening)
     for _ in range(2):
         # The article's way meets at a fixed port: the second job hangs if the first keeps it.
-        futures = dispatch.run(own_client, train_gan, parameters=tiny, backend="gloo", pure=False)
-        own_client.gather(futures)
-        run_ranks(own_client, train_gan, parameters=tiny)
-    assert own_client.run(listening) == before
+        futures = dispatch.run(client, train_gan, parameters=tiny, backend="gloo", pure=False)
+        client.gather(futures)
+        run_ranks(client, train_gan, parameters=tiny)
+    after = client.run(listening)
+    assert all(ports <= before[worker] for worker, ports in after.items())
 
 
 def environment() -> dict[str, str]:
@@ -211,8 +212,8 @@ def test_wrong_calls_are_refused_before_any_work(
         start(0)
 
 
-def test_nothing_listens_beyond_this_machine(own_client: Client, tiny: TrainingParameters) -> None:
-    job = launch(own_client, tiny.replace(epochs=100_000))
+def test_nothing_listens_beyond_this_machine(client: Client, tiny: TrainingParameters) -> None:
+    job = launch(client, tiny.replace(epochs=100_000))
     deadline = time.monotonic() + 60
     while not job.run.epochs("records") and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -27,9 +27,10 @@ def interrupt(folder: Path, number: int, notebook: str, until: Callable[[], bool
     Afterwards no process of it is left.
     """
     command = ["-m", "gan_lib", "run", notebook, "--profile", "tiny"]
-    options = ["-p", "run", str(folder / "run"), "--out", str(folder / "out")]
+    options = ["--out", str(folder / "out")]
     if notebook == "04":
-        options += ["-p", "epochs", "100000", "-p", "keep_checkpoints", "1"]
+        options += ["-p", "run", str(folder / "run"), "-p", "epochs", "100000"]
+        options += ["-p", "keep_checkpoints", "1"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, *command, *options], cwd=CHECKOUT, stdout=log, stderr=log
@@ -50,7 +51,11 @@ def interrupt(folder: Path, number: int, notebook: str, until: Callable[[], bool
     return next((folder / "out").glob("*.ipynb"), folder / "none")
 
 
-@pytest.mark.parametrize("number", list(STATUS), ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)],
+    ids=lambda number: number.name,
+)
 def test_interrupted_while_it_trains(tmp_path: Path, number: int) -> None:
     def trains() -> bool:
         return any((tmp_path / "run" / "checkpoints").glob("*.pt"))
@@ -63,6 +68,17 @@ def test_interrupted_while_it_trains(tmp_path: Path, number: int) -> None:
     outputs = [c.get("outputs") for c in nbformat.read(path, as_version=4).cells]
     assert sum(map(bool, outputs)) > 10
     assert path.with_suffix(".html").exists()
+
+
+def test_sigterm_ends_it_as_ctrl_c_does(tmp_path: Path) -> None:
+    kept = tmp_path / "out" / "02_models.ipynb"
+
+    def executes() -> bool:
+        return kept.exists() and '"execution_count": 2' in kept.read_text()
+
+    assert interrupt(tmp_path, signal.SIGTERM, "02", executes) == kept
+    nbformat.validate(nbformat.read(kept, as_version=4))
+    assert kept.with_suffix(".html").exists()
 
 
 @pytest.mark.long

@@ -186,14 +186,14 @@ def test_a_job_that_was_parted_from_is_not_started_again(
 
 
 def test_keys_that_the_workers_lack(
-    s3: str, own_client: Client, tiny: TrainingParameters, photographs: Path, tmp_path: Path
+    s3: str, client: Client, tiny: TrainingParameters, photographs: Path, tmp_path: Path
 ) -> None:
     lacking = {name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
     source = f"{s3}/photographs-{time.time_ns()}"
     Folder(source).fs.put(str(photographs), source, recursive=True)
     p = tiny.replace(source=source, max_images=0, channels=3, batch_size=4)
     place = f"{s3}/run-{time.time_ns()}"
-    job = launch(own_client, p.replace(epochs=100_000), run=place)
+    job = launch(client, p.replace(epochs=100_000), run=place)
     until_it_trains(job)
     before = content(place)
     with started(tmp_path, environment=dict.fromkeys(lacking)) as cluster:

@@ -19,7 +19,6 @@ import pytest
 import yaml
 from distributed import Client
 from foreign import started
-from uploading import upload
 
 from gan_lib.__main__ import main
 from gan_lib.base.checkout import CHECKOUT
@@ -39,6 +38,7 @@ from gan_lib.cli.profiles import (
 )
 from gan_lib.parameters import TrainingParameters
 from gan_lib.practice.photographs import make_photographs
+from gan_lib.practice.s3_server import serve_s3
 from gan_lib.results.run import open_run
 from gan_lib.results.writing import create_run
 from gan_lib.training.loop import train_gan
@@ -140,54 +140,38 @@ def test_profiles_fit_the_notebooks(profile: str, monkeypatch: pytest.MonkeyPatc
     check_parameters(NAMES, read_profile(profile))
 
 
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 101 photographs in colour, and of what lies between them."""
-    return make_photographs(tmp_path_factory.mktemp("photographs"), n=101)
-
-
 @contextlib.contextmanager
-def photographs_in_s3(folder: Path, photographs: Path, s3: str) -> Iterator[dict[str, Any]]:
-    """Fewer than 1,000 images in a bucket, and the run there too."""
-    upload(photographs, f"{s3}/photographs")
-    yield {"source": f"{s3}/photographs", "run": f"{s3}/runs/{folder.name}"}
-
-
-@contextlib.contextmanager
-def photographs_on_a_cluster(folder: Path, photographs: Path, s3: str) -> Iterator[dict[str, Any]]:
-    """More than 1,000 images in a folder, on a scheduler that already runs."""
+def photographs_in_s3_on_a_cluster(folder: Path) -> Iterator[dict[str, Any]]:
+    """More than 1,000 images in a bucket, the run there too, on a scheduler that already runs."""
+    photographs = make_photographs(folder / "photographs", n=101)
     for i in range(10):
-        shutil.copytree(photographs, folder / "photographs", dirs_exist_ok=True)
-        for path in (folder / "photographs").rglob("*_????.jpg"):
+        shutil.copytree(photographs, folder / "store/bucket/photographs", dirs_exist_ok=True)
+        for path in (folder / "store").rglob("*_????.jpg"):
             path.rename(path.with_stem(f"{path.stem}-{i}"))
     # As Dask's nanny sets it, which these workers lack: two ranks of two threads each are slow.
-    with started(folder, environment={"OMP_NUM_THREADS": "1"}) as cluster:
-        source, run = str(folder / "photographs"), str(folder / "run")
-        yield {"source": source, "run": run, "address": cluster.address}
+    lean = {"OMP_NUM_THREADS": "1"}
+    with serve_s3(folder / "store"), started(folder, environment=lean) as cluster:
+        bucket = "s3://bucket"
+        yield {
+            "source": f"{bucket}/photographs", "run": f"{bucket}/run", "address": cluster.address,
+            "channels": 3, "max_images": 0, "epochs": 2,
+        }  # fmt: skip
 
 
 @contextlib.contextmanager
-def silhouettes_here(folder: Path, photographs: Path, s3: str) -> Iterator[dict[str, Any]]:
+def silhouettes_here(folder: Path) -> Iterator[dict[str, Any]]:
     """What the tiny profile says."""
     yield {"run": str(folder / "run")}
 
 
-@pytest.fixture(
-    scope="module", params=[silhouettes_here, photographs_in_s3, photographs_on_a_cluster]
-)
+@pytest.fixture(scope="module", params=[silhouettes_here, photographs_in_s3_on_a_cluster])
 def executed(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    photographs: Path,
-    s3: str,
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Executed, dict[str, Any]]]:
     """The executed series, and the profile that it was given."""
     folder = tmp_path_factory.mktemp("executed")
-    profile = read_profile("tiny")
-    with request.param(folder, photographs, s3) as told:
-        if "source" in told:
-            profile |= {"channels": 3, "max_images": 0, "epochs": 2}
-        profile |= told
+    with request.param(folder) as told:
+        profile = read_profile("tiny") | told
         values = series_values(NAMES, profile, {})
         yield run_notebooks(NAMES, values, "tiny", folder=str(folder / "notebooks")), profile
 

@@ -229,22 +229,15 @@ def test_files_are_replaced_whole(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["epoch_0001.jsonl"]
 
 
-def test_a_run_on_s3(client: Client, tiny: TrainingParameters, s3: str, tmp_path: Path) -> None:
-    from gan_lib.cluster.starting import close_cluster, start_cluster
-
-    # Workers that were started after the server's address was put into the environment.
-    with_s3 = start_cluster(2, device="cpu")
-    try:
-        launch(with_s3, tiny, run=f"{s3}/runs/first").watch()
-        there = open_run(f"{s3}/runs/first")
-        assert there.status().state == "finished"
-        assert there.records()["iteration"].tolist() == list(range(1, 13))
-        assert sorted(there.samples()) == [1, 2, 3, 4]
-        assert there.generate(2).shape == (2, 16, 16, 1)
-        with pytest.raises(RunError, match="already holds a run"):
-            launch(with_s3, tiny, run=f"{s3}/runs/first")
-    finally:
-        close_cluster(with_s3)
+def test_a_run_on_s3(client: Client, tiny: TrainingParameters, s3: str) -> None:
+    launch(client, tiny, run=f"{s3}/runs/first").watch()
+    there = open_run(f"{s3}/runs/first")
+    assert there.status().state == "finished"
+    assert there.records()["iteration"].tolist() == list(range(1, 13))
+    assert sorted(there.samples()) == [1, 2, 3, 4]
+    assert there.generate(2).shape == (2, 16, 16, 1)
+    with pytest.raises(RunError, match="already holds a run"):
+        launch(client, tiny, run=f"{s3}/runs/first")
 
 
 def submits_many(handler: DaskResultsHandler, n: int) -> None:

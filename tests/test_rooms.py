@@ -64,6 +64,11 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert not waiting
 
 
+def test_each_file_can_be_read_at_one_sitting() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 350, path
+
+
 @pytest.mark.parametrize("name", [name for name in ROOMS if name != "parameters"])
 def test_each_room_says_which_question_it_answers(name: str) -> None:
     door = importlib.import_module(f"gan_lib.{name}")
