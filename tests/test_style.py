@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -96,14 +95,22 @@ def test_make_lab_works_for_root() -> None:
     assert ("--allow-root" in done.stdout) == (os.geteuid() == 0)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        *(f"docs/{page.name}" for page in (CHECKOUT / "docs").glob("*.md")),
+    ],
+)
 def test_links_lead_somewhere(name: str) -> None:
-    text = (CHECKOUT / name).read_text()
+    page = CHECKOUT / name
+    text = page.read_text()
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", text) + re.findall(r'src="([^"]+)"', text)
     local = [target for target in targets if "://" not in target]
     assert local
     for target in local:
-        assert Path(CHECKOUT / target).exists(), target
+        assert (page.parent / target).exists(), target
 
 
 def test_pillow_opens_only_formats_that_are_named() -> None:
