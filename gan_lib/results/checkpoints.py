@@ -121,19 +121,21 @@ class Checkpoints:
         self._folder.remove(position.path)
         self._folder.remove(f"{position.path}.sha256")
 
-    def thin_out(self, keep: int, keep_every: int) -> None:
+    def thin_out(self, keep: int, keep_every: int, best: int | None = None) -> None:
         """Delete old checkpoints.
 
         Args:
             keep: the last so many stay; 0 keeps all.
             keep_every: so do those of epochs that this divides; 0 divides none.
+            best: so does that of this epoch.
         """
         there = self.positions()
         newest = there[-1]
         whole = [position for position in there if not position.within]
         recent = whole[-keep:] if keep else whole
         for position in there:
-            divides = keep_every and not position.within and position.epochs % keep_every == 0
+            divides = keep_every and position.epochs % keep_every == 0
+            chosen = not position.within and (divides or position.epochs == best)
             # One from inside an epoch is good for nothing once the epoch is complete.
-            if position != newest and position not in recent and not divides:
+            if position != newest and position not in recent and not chosen:
                 self.remove(position)

@@ -6,6 +6,7 @@
     samples/epoch_0107.png       the same latent vectors every time
     checkpoints/epoch_0107.pt    after epoch 107: all that is needed to go on exactly
     checkpoints/within_0108.pt   inside epoch 108, where somebody stopped at once
+    quality.jsonl                how good its pictures were, by epoch
     stop                         somebody asks the run to end
     regroup                      its supervisor asks it to go on with more workers
     tensorboard/                 the same records for TensorBoard
@@ -25,7 +26,8 @@ from gan_lib.base.checkout import CHECKOUT, IS_ONE
 # A checkout keeps its runs together, wherever a notebook was started from.
 RUNS = str((CHECKOUT if IS_ONE else Path.cwd()) / "runs")
 
-PARAMETERS, STATUS, STOP, REGROUP = "parameters.json", "status.json", "stop", "regroup"
+PARAMETERS, STATUS, QUALITY = "parameters.json", "status.json", "quality.jsonl"
+STOP, REGROUP = "stop", "regroup"
 # The kinds of files that come once per epoch.
 _PER_EPOCH = {
     "records": "records/epoch_{:04d}.jsonl",
@@ -35,6 +37,7 @@ _PER_EPOCH = {
 }
 
 LOSSES = ("loss_d_real", "loss_d_fake", "loss_d", "loss_g")
+SCORES = ("kid", "fd", "precision", "recall")
 
 
 def epoch_path(kind: str, epoch: int) -> str:

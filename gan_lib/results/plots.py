@@ -116,18 +116,19 @@ def plot_without_denormalising(images: np.ndarray) -> Figure:
     return figure
 
 
-def plot_samples(run: Run, epochs: Sequence[int] | None = None, denormalise: bool = True) -> Figure:
+def plot_samples(
+    run: Run, epochs: Sequence[int | str] | None = None, denormalise: bool = True
+) -> Figure:
     """The same latent vectors after several epochs.
 
     Args:
         run: whose samples.
-        epochs: which; None takes up to four, evenly spread.
+        epochs: which, "best" among them; None takes up to four, evenly spread.
         denormalise: False shows the generator's -1..1 as if it were 0..1.
     """
     kept = run.epochs("samples")
-    chosen = list(epochs) if epochs is not None else _spread(kept, 4)
-    pictures = run.samples(chosen)
-    figure, grid_axes = _figure(1, len(chosen), figsize=(3.6 * len(chosen), 4.1))
+    pictures = run.samples(epochs if epochs is not None else _spread(kept, 4))
+    figure, grid_axes = _figure(1, len(pictures), figsize=(3.6 * len(pictures), 4.1))
     for axes, (epoch, picture) in zip(np.ravel(grid_axes), pictures.items(), strict=True):
         _show(axes, picture if denormalise else _forgotten(picture), f"epoch {epoch}")
     what = "normalisation undone" if denormalise else "normalisation not undone"

@@ -23,8 +23,17 @@ from gan_lib.gan.models import Generator, generator_of
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results import files
 from gan_lib.results.checkpoints import Checkpoints, Position
-from gan_lib.results.files import LOSSES, PARAMETERS, STATUS, STOP, epoch_path, epochs_of
+from gan_lib.results.files import (
+    LOSSES,
+    PARAMETERS,
+    QUALITY,
+    STATUS,
+    STOP,
+    epoch_path,
+    epochs_of,
+)
 from gan_lib.results.pictures import read_png
+from gan_lib.results.quality import best_epoch, of_network, read_quality
 from gan_lib.sources import manifest
 from gan_lib.sources.source import resolve_source
 
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from gan_lib.jobs.job import Job
+    from gan_lib.quality.features import FeatureNetwork
 
 
 def open_run(url: str = "latest") -> Run:
@@ -62,6 +72,7 @@ class RunStatus:
         error: what ended it, if it failed.
         job: the attempt that may write into it.
         restarts: why it was started again, a sentence for each time.
+        reason: why it ended by itself before its last epoch.
     """
 
     state: str = "waiting"
@@ -69,6 +80,7 @@ class RunStatus:
     error: str = ""
     job: str = ""
     restarts: tuple[str, ...] = ()
+    reason: str = ""
 
 
 class Run:
@@ -146,9 +158,14 @@ class Run:
                 lines += [_record(line) for line in data.decode().splitlines()]
         return lines
 
-    def samples(self, epochs: Sequence[int] | None = None) -> dict[int, np.ndarray]:
-        """Epoch -> its picture, the same latent vectors in a grid: uint8, H x W x C."""
-        chosen = self.epochs("samples") if epochs is None else epochs
+    def samples(self, epochs: Sequence[int | str] | None = None) -> dict[int, np.ndarray]:
+        """Epoch -> its picture, the same latent vectors in a grid: uint8, H x W x C.
+
+        Args:
+            epochs: only these; "best" is the best one that was measured. None means all.
+        """
+        asked = self.epochs("samples") if epochs is None else epochs
+        chosen = [self.best_epoch() if epoch == "best" else int(epoch) for epoch in asked]
         pictures = {}
         for epoch, data in zip(chosen, self._read("samples", chosen), strict=True):
             with self._understanding(epoch_path("samples", epoch)):
@@ -191,9 +208,14 @@ class Run:
     def checkpoint(self, epoch: int | str = "latest") -> dict[str, Any]:
         """The content of a checkpoint, on the CPU.
 
+        Args:
+            epoch: a number; "latest"; or "best", see `best_epoch`.
+
         Raises:
             RunError: if there is none of that epoch, or the file is damaged.
         """
+        if epoch == "best":
+            epoch = self.best_epoch()
         checkpoints = Checkpoints(self._folder)
         if epoch == "latest":
             position, state, damaged = checkpoints.newest()
@@ -224,6 +246,67 @@ class Run:
     ) -> np.ndarray:
         """Make `n` new images: uint8, n x H x W x C; `of` a class, see `generate_images`."""
         return generate_images(self.generator(epoch), n, seed, of)
+
+    def measure(
+        self,
+        epochs: Sequence[int | str] | None = None,
+        n: int | None = None,
+        network: FeatureNetwork | None = None,
+        images: ImageSet | None = None,
+        source: str = "",
+        progress: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Measure how far generated images are from real ones, and keep it in quality.jsonl.
+
+        Args:
+            epochs: of checkpoints; None measures all that are kept.
+            n: images to generate for each; None takes `quality_images`. It is at most half as
+                many as there are real ones.
+            network: any callable from uint8 images, N x 3 x H x W, to features, N x d; None
+                takes EfficientNet-lite0.
+            images: the real images, if the run was trained on those that it was given.
+            source: as in `images`.
+            progress: show progress bars.
+
+        Returns:
+            The new lines, see `quality`.
+
+        Raises:
+            RunError: if there is no such checkpoint; as `images`.
+            ParameterError: if there are too few real images.
+        """
+        from gan_lib.results.measuring import measure_run
+
+        images = self.images(source) if images is None else images
+        return measure_run(self, images, epochs, n, network, progress)
+
+    def quality(self, network: str = "") -> list[dict[str, Any]]:
+        """What was measured, by epoch, during the training or by `measure`.
+
+        Each line has "epoch", "iteration" and "images_seen"; the scores "kid", "kid_spread",
+        "fd", "precision" and "recall" (see `gan_lib.quality.scores`); for each but the spread
+        what as many real images get, such as "kid_floor"; "images" that were generated; and
+        "network". Lines of other networks cannot be compared.
+
+        Args:
+            network: only its lines; by default those of EfficientNet-lite0, if there are any.
+        """
+        with self._understanding(QUALITY):
+            return of_network(read_quality(self._folder), network)
+
+    def best_epoch(self) -> int:
+        """The epoch with the least KID of those that were measured and have a checkpoint.
+
+        Raises:
+            RunError: if there is none.
+        """
+        found = best_epoch(self.quality(), self.epochs("checkpoints"))
+        if found is None:
+            raise RunError(
+                f"no epoch of {self.url} that has a checkpoint was measured: call measure() on the "
+                "run, or train with quality_every"
+            )
+        return found
 
     def stop(self, now: bool = False) -> None:
         """Ask the training to end, with a picture and a checkpoint; it can be resumed.

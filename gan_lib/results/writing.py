@@ -13,7 +13,7 @@ from gan_lib.base.errors import RunError
 from gan_lib.base.storage import Folder
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results import files
-from gan_lib.results.files import LOSSES, PARAMETERS, STATUS, STOP
+from gan_lib.results.files import LOSSES, PARAMETERS, SCORES, STATUS, STOP
 from gan_lib.results.run import Run
 
 
@@ -130,7 +130,7 @@ def _taken(url: str) -> RunError:
 
 
 def tensorboard_events(records: list[dict[str, Any]]) -> bytes:
-    """Records as one TensorBoard event file; the losses become scalars by iteration.
+    """Records as one TensorBoard event file; losses and scores become scalars by iteration.
 
     Raises:
         ImportError: if tensorboard is not installed.
@@ -144,7 +144,8 @@ def tensorboard_events(records: list[dict[str, Any]]) -> bytes:
     header = Event(wall_time=records[0]["time"], file_version="brain.Event:2")
     writer.write(header.SerializeToString())
     for record in records:
-        values = [Summary.Value(tag=name, simple_value=record[name]) for name in LOSSES]
+        told = [name for name in (*LOSSES, *SCORES) if name in record]
+        values = [Summary.Value(tag=name, simple_value=record[name]) for name in told]
         event = Event(
             wall_time=record["time"], step=record["iteration"], summary=Summary(value=values)
         )

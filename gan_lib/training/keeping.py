@@ -23,9 +23,11 @@ import gan_lib
 from gan_lib.base.errors import describe
 from gan_lib.data.batches import Batches
 from gan_lib.parameters import TrainingParameters
+from gan_lib.quality.features import EfficientNetLite0
 from gan_lib.results.checkpoints import Checkpoints, Position
 from gan_lib.results.files import PARAMETERS, REGROUP, STOP, epoch_path
 from gan_lib.results.pictures import image_grid, png_bytes
+from gan_lib.results.quality import best_epoch, keep_quality, of_network, read_quality
 from gan_lib.results.run import open_run
 from gan_lib.results.writing import OwnWriter, ResultsHandler, tensorboard_events
 from gan_lib.training.background import BackgroundWriter
@@ -56,6 +58,10 @@ class Keeper:
         """Where the run goes on, see `gan_lib.training.resuming.take_up`."""
         return {}, [], []
 
+    def measured(self) -> list[dict[str, Any]]:
+        """How good the run was after earlier epochs."""
+        return []
+
     def keep_parameters(self, info: dict[str, Any]) -> None:
         """What the run was told, and what it runs on."""
         self._submit(PARAMETERS, json.dumps(info, indent=2))
@@ -73,11 +79,13 @@ class Keeper:
         draw: Callable[[], np.ndarray],
         state: Callable[[], dict[str, Any]],
         last: bool,
+        quality: dict[str, Any] | None = None,
     ) -> None:
         """All that a finished epoch leaves.
 
         `draw` makes the pictures, uint8, N x H x W x C, and `state` the content of a checkpoint:
-        they are called if one is due, or the epoch is the last.
+        they are called if one is due, or the epoch is the last. `quality` is how good it is,
+        if that was measured.
         """
         self._submit(epoch_path("records", epoch), record_lines(records))
 
@@ -88,12 +96,13 @@ class Keeper:
         """What somebody asked for: "epoch", "now" or "regroup"; empty if nothing."""
         return ""
 
-    def close(self, state: str = "") -> None:
+    def close(self, state: str = "", reason: str = "") -> None:
         """Wait until all is written.
 
         Args:
             state: what the run then is. What was asked for is fulfilled with it, and no longer
                 asked for; but a job that only regroups leaves the request of a person.
+            reason: why it ended by itself before its last epoch.
 
         Raises:
             OSError: what a file could not be written for.
@@ -142,6 +151,9 @@ class RunKeeper(Keeper):
     def take_up(self, start_over: bool) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
         return take_up(self._writer, self._checkpoints, start_over)
 
+    def measured(self) -> list[dict[str, Any]]:
+        return of_network(read_quality(self._writer), EfficientNetLite0.name)
+
     def keep_status(self, state: str) -> None:
         self._background.submit(self._set_status, state)
 
@@ -158,12 +170,17 @@ class RunKeeper(Keeper):
         draw: Callable[[], np.ndarray],
         state: Callable[[], dict[str, Any]],
         last: bool,
+        quality: dict[str, Any] | None = None,
     ) -> None:
         super().keep_epoch(epoch, records, draw, state, last)
         p, submit = self.parameters, self._background.submit
+        # Before the checkpoint: what is best stays, whatever is thinned out.
+        measured = [] if quality is None else [quality]
+        if measured:
+            submit(keep_quality, self._writer, measured)
         # An epoch shorter than `record_every` may have no record.
-        if records:
-            submit(self._write_tensorboard, epoch, records)
+        if records or measured:
+            submit(self._write_tensorboard, epoch, [*records, *measured])
         if last or epoch % p.sample_every == 0 or epoch == 1:
             submit(self._write_picture, epoch, image_grid(draw()))
         if last or epoch % p.checkpoint_every == 0:
@@ -179,9 +196,11 @@ class RunKeeper(Keeper):
         regroup = self._attempt and self._writer.exists(REGROUP)
         return self._writer.request() or ("regroup" if regroup else "")
 
-    def close(self, state: str = "") -> None:
+    def close(self, state: str = "", reason: str = "") -> None:
         if state:
-            self.keep_status(state)
+            self._background.submit(
+                self._set_status, state, **({"reason": reason} if reason else {})
+            )
             for request in (REGROUP,) if state == "waiting" else (REGROUP, STOP):
                 self._background.submit(self._writer.remove, request)
         self._background.close()
@@ -210,7 +229,12 @@ class RunKeeper(Keeper):
 
     def _write_checkpoint(self, position: Position, state: dict[str, Any]) -> None:
         self._checkpoints.write(position, state)
-        self._checkpoints.thin_out(self.parameters.keep_checkpoints, self.parameters.keep_every)
+        p, whole = (
+            self.parameters,
+            [x.epochs for x in self._checkpoints.positions() if not x.within],
+        )
+        best = best_epoch(read_quality(self._writer), whole)
+        self._checkpoints.thin_out(p.keep_checkpoints, p.keep_every, best)
 
     def _write_tensorboard(self, epoch: int, records: list[dict[str, Any]]) -> None:
         # Optional on the workers of a cluster: the files of records say the same.

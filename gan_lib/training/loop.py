@@ -22,6 +22,7 @@ from gan_lib.parameters import TrainingParameters
 from gan_lib.results.files import LOSSES
 from gan_lib.results.writing import ResultsHandler
 from gan_lib.training.keeping import Keeper, RunKeeper, describe_training
+from gan_lib.training.measuring import Measuring, quality_network
 from gan_lib.training.networks import Training
 from gan_lib.training.ranks import (
     ATTEMPT_VARIABLE,
@@ -51,9 +52,11 @@ class TrainingResult:
         images_per_second: over all ranks together.
         weights_sha256: of generator and discriminator, equal on all ranks.
         stopped: whether it was asked to stop before its last epoch.
+        reason: why it ended by itself before that, in a sentence.
         asked: for what: "epoch", "now" or "regroup" (to go on with more ranks).
         run: URL of the run directory, if one was written.
         records: one dictionary per recorded iteration (rank 0 only).
+        quality: one dictionary per measured epoch, see `gan_lib.results.run.Run.quality`.
         generator: the trained generator, if this was the only rank.
     """
 
@@ -66,9 +69,11 @@ class TrainingResult:
     images_per_second: float
     weights_sha256: str
     stopped: bool
+    reason: str
     asked: str
     run: str | None
     records: list[dict[str, Any]] = field(repr=False, default_factory=list)
+    quality: list[dict[str, Any]] = field(repr=False, default_factory=list)
     generator: Generator | None = field(repr=False, default=None)
 
 
@@ -117,6 +122,7 @@ def train_gan(
     checksum = images.checksum()
     ranks.require_equal("parameters and images", (parameters.to_dict(), checksum, resume))
     batches = Batches(images, parameters, ranks.rank, ranks.world_size, device)
+    network = quality_network(parameters, len(images))
 
     training = Training(parameters, ranks, device, images.images_per_class())
     attempt = os.environ.get(ATTEMPT_VARIABLE, "")
@@ -141,9 +147,12 @@ def train_gan(
                 resumed = {"epoch": training.epoch, "damaged": damaged}
             info = describe_training(training, batches, checksum)
             keeper.keep_parameters(info | {"resumed": resumed})
-            result = _run_epochs(training, batches, keeper, records, show)
+            keeper.keep_status("training")
+            lines = ranks.from_first(keeper.measured)
+            measuring = Measuring(training, images, network, lines, show)
+            result = _run_epochs(training, batches, keeper, measuring, records, show)
             ended = "waiting" if result.asked == "regroup" else "stopped"
-            keeper.close(ended if result.stopped else "finished")
+            keeper.close(ended if result.stopped else "finished", result.reason)
         except BaseException as error:
             keeper.fail(error)
             raise
@@ -155,10 +164,11 @@ def _run_epochs(
     training: Training,
     batches: Batches,
     keeper: Keeper,
+    measuring: Measuring,
     records: list[dict[str, Any]],
     show: bool,
 ) -> TrainingResult:
-    """Train until the last epoch, or until somebody asks to stop.
+    """Train until the last epoch, until it no longer gets better, or somebody asks to stop.
 
     `records` are those of the epoch that the training is inside of.
     """
@@ -167,18 +177,18 @@ def _run_epochs(
     todo = max(0, (p.epochs - first_epoch) * batches.steps_per_epoch - training.steps_done)
     asked = ""
     all_records: list[dict[str, Any]] = []
-    keeper.keep_status("training")
     stopwatch = Stopwatch()
     with ProgressBar(todo, "training", "step", show=show, forecast=True) as bar:
-        while training.epoch < p.epochs and not asked:
+        while training.epoch < p.epochs and not asked and not measuring.enough():
             leave = _run_steps(training, batches, keeper, records, stopwatch, bar)
             if training.steps_done < batches.steps_per_epoch:
                 keeper.keep_part(records, training.state())
                 asked = "now"
             else:
-                asked = _end_epoch(training, keeper, records, leave)
+                asked = _end_epoch(training, keeper, measuring, records, leave)
             all_records += records
             records = []
+    reason = measuring.enough() if training.epoch < p.epochs else ""
     return TrainingResult(
         rank=ranks.rank,
         world_size=ranks.world_size,
@@ -188,10 +198,12 @@ def _run_epochs(
         seconds=stopwatch.seconds(),
         images_per_second=stopwatch.rate(),
         weights_sha256=weights_checksum(*(n.state_dict() for n in training.networks.values())),
-        stopped=bool(asked) and training.epoch < p.epochs,
+        stopped=bool(asked) and training.epoch < p.epochs and not reason,
+        reason=reason,
         asked=asked,
         run=None,
         records=all_records if ranks.rank == 0 else [],
+        quality=measuring.lines,
         generator=None if ranks.distributed else training.artist().cpu().eval(),
     )
 
@@ -230,7 +242,11 @@ def _run_steps(
 
 
 def _end_epoch(
-    training: Training, keeper: Keeper, records: list[dict[str, Any]], leave: bool
+    training: Training,
+    keeper: Keeper,
+    measuring: Measuring,
+    records: list[dict[str, Any]],
+    leave: bool,
 ) -> str:
     """Bring the ranks together and keep what is due; what somebody asked for."""
     p, ranks = training.parameters, training.ranks
@@ -238,9 +254,13 @@ def _end_epoch(
     training.epoch += 1
     training.steps_done = 0
     asked = "now" if leave else ranks.from_first(keeper.asked)
-    last = bool(asked) or training.epoch == p.epochs
+    ends = training.epoch == p.epochs or asked == "epoch"
+    # Who asks for the end now does not wait for a measurement.
+    quality = measuring.measure() if asked != "now" and measuring.due(ends) else None
+    best = quality is not None and measuring.is_best()
+    last = bool(asked) or training.epoch == p.epochs or best or bool(measuring.enough())
     if last or training.epoch % p.checkpoint_every == 0:
         training.check_weights()
         ranks.require_equal_weights(training.networks)
-    keeper.keep_epoch(training.epoch, records, training.draw, training.state, last)
+    keeper.keep_epoch(training.epoch, records, training.draw, training.state, last, quality)
     return asked

@@ -194,6 +194,10 @@ class Training:
             same = len(values) == self.ranks.world_size
             buffer.copy_(values[self.ranks.rank] if same else torch.stack(values).mean(0))
 
+    def generate(self, n: int, seed: int, part: slice) -> np.ndarray:
+        """A part of `n` new images, of which every rank may draw another: uint8, as `draw`."""
+        return render(self.generator, latent_vectors(n, self.parameters.nz, seed)[part])
+
     def _statistics(self) -> Iterator[tuple[str, Tensor]]:
         for network, module in self.networks.items():
             for name, buffer in module.named_buffers():

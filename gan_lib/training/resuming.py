@@ -11,7 +11,8 @@ from gan_lib.base.errors import RunError
 from gan_lib.data.image_set import ImageSet
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.checkpoints import Checkpoints, Position
-from gan_lib.results.files import PARAMETERS, STATUS, epoch_path
+from gan_lib.results.files import PARAMETERS, QUALITY, STATUS, epoch_path
+from gan_lib.results.quality import keep_quality, no_longer_better
 from gan_lib.results.run import open_run
 from gan_lib.results.writing import OwnWriter, RunWriter, create_run
 
@@ -40,6 +41,9 @@ def claim_run(
         refuse_differences(run, open_run(run).parameters, parameters)
         if not new_images:
             refuse_other_images(run, images)
+        # A job that was interrupted while it ended by itself only has to end.
+        if not attempt:
+            refuse_impatience(run, parameters)
         return
     reserved = bool(attempt) and RunWriter(run).exists(PARAMETERS)
     if not reserved or open_run(run).status().job != attempt:
@@ -84,6 +88,13 @@ def refuse_other_images(run: str, images: ImageSet) -> None:
         )
 
 
+def refuse_impatience(run: str, parameters: TrainingParameters) -> None:
+    """Raise RunError if a run would end at once, because it no longer gets better."""
+    said = no_longer_better(open_run(run).quality(), parameters.patience)
+    if said:
+        raise RunError(f"{run} is not worth going on with: {said}. Give more patience, or 0")
+
+
 def take_up(
     writer: OwnWriter, checkpoints: Checkpoints, start_over: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
@@ -110,7 +121,8 @@ def take_up(
     writer.check()
     # All that ranks write, but not `stop`: somebody may be asking for it just now. A rank of
     # an earlier attempt that still lives then fails to put its file in place, as it should.
-    writer.remove_unfinished(PARAMETERS, STATUS, "*/*")
+    writer.remove_unfinished(PARAMETERS, STATUS, QUALITY, "*/*")
+    keep_quality(writer, [], until=position.epochs)
     run = open_run(writer.url)
     records: list[dict[str, Any]] = []
     if position.within and position.epochs + 1 in run.epochs("records"):
