@@ -1,4 +1,4 @@
-"""python -m gan_lib: run the notebooks without opening them; see to the data."""
+"""python -m gan_lib: run the notebooks without opening them; see to the data; measure runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from gan_lib.base.errors import NotebookError, UserError
 from gan_lib.base.interrupts import interruptible
 from gan_lib.cli import profiles
 from gan_lib.cli.data_commands import add_commands
+from gan_lib.cli.measure_command import add_measure
 
 
 @interruptible()
@@ -38,10 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     run.add_argument("--out", help="folder for the executed notebooks; default: a new one")
     add_commands(commands.add_parser("data", help="list, fetch, verify and prepare images"))
+    add_measure(commands.add_parser("measure", help="how good a run's pictures are, by epoch"))
     options = parser.parse_args(arguments)
 
     try:
-        if options.command == "data":
+        if options.command != "run":
             code: int = options.do(options)
             return code
         if options.parameters:

@@ -90,13 +90,14 @@ def test_real_images_are_at_the_floor(held_out: tuple[Reference, np.ndarray, Sco
         assert real[name] == pytest.approx(floor[name], rel=0.15), name
 
 
-def test_scores_are_the_published_ones(features: torch.Tensor) -> None:
+@pytest.mark.parametrize("length", [6, 20])
+def test_scores_are_the_published_ones(features: torch.Tensor, length: int) -> None:
     """Against the definitions, term by term, where there are few and short features."""
-    reference = Reference(features[:40, :6], 16)
-    real, some = reference._real.double().numpy(), features[50:66, :6].double().numpy()
-    found = reference.scores(features[50:66, :6])
+    reference = Reference(features[:40, :length], 16)
+    real, some = reference._real.double().numpy(), features[50:66, :length].double().numpy()
+    found = reference.scores(features[50:66, :length])
 
-    kernel = [[(x @ y / 6 + 1) ** 3 for y in (*real, *some)] for x in (*real, *some)]
+    kernel = [[(x @ y / length + 1) ** 3 for y in (*real, *some)] for x in (*real, *some)]
     n, m, k = len(real), len(some), np.array(kernel)
     pairs = [k[:n, :n], k[n:, n:]]
     within = [(p.sum() - np.trace(p)) / (len(p) * (len(p) - 1)) for p in pairs]

@@ -24,7 +24,8 @@ from gan_lib.parameters import TrainingParameters
 from gan_lib.practice.photographs import make_photographs
 from gan_lib.results.files import LOSSES
 from gan_lib.results.pictures import image_grid
-from gan_lib.results.run import Run, RunStatus, open_run
+from gan_lib.results.reading import RunStatus
+from gan_lib.results.run import Run, open_run
 from gan_lib.results.writing import RunWriter, create_run
 from gan_lib.training.loop import train_gan
 
@@ -108,6 +109,8 @@ ANSWERS: list[tuple[str, str, Callable[[Run], Any]]] = [
     ("records/epoch_0001.jsonl", '{"iteration": 1, "epoch": "1"}', Run.records),
     ("records/epoch_0001.jsonl", '{"iteration": 1, "epoch": 1, "loss_d": "low"}', Run.records),
     ("samples/epoch_0001.png", "no picture", Run.samples),
+    ("quality.jsonl", "[]", Run.quality),
+    ("quality.jsonl", '{"epoch": 1, "kid": "low"}', Run.best_epoch),
 ]
 
 

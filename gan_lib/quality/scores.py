@@ -8,6 +8,7 @@ stands beside its floor, which is what as many other real images get.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,11 +56,7 @@ class Reference:
         real = self._real = features[order[self.n :][:MOST_REAL]]
         self._kernel = _mean_of_pairs(real)
         self._radii = _radii(real)
-        self._mean, covariance = _moments(real)
-        values, vectors = torch.linalg.eigh(covariance)
-        self._trace = values.sum()
-        # The square root of the covariance.
-        self._root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        self._mean, _, self._covariance = _moments(real)
         self.floor = self.scores(features[order[: self.n]])
 
     def scores(self, features: Tensor) -> Scores:
@@ -100,12 +97,23 @@ class Reference:
 
         As if both sets were Gaussian. It is biased: the fewer images, the larger.
         """
-        mean, covariance = _moments(features)
-        # The trace of the root of a product, from a product that is symmetric.
-        values = torch.linalg.eigvalsh(self._root @ covariance @ self._root)
-        root = values.clamp(min=0).sqrt().sum()
+        mean, factor, covariance = _moments(features)
+        # The trace of the root of a product of covariances, from a symmetric one that has the
+        # same eigenvalues; the smaller one, for few images.
+        if len(factor) < len(mean):
+            product = factor @ self._covariance @ factor.T
+        else:
+            product = self._root @ covariance @ self._root
+        root = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
         apart = (mean - self._mean).square().sum()
-        return float(apart + covariance.trace() + self._trace - 2 * root)
+        return float(apart + covariance.trace() + self._covariance.trace() - 2 * root)
+
+    @cached_property
+    def _root(self) -> Tensor:
+        """The square root of the covariance."""
+        values, vectors = torch.linalg.eigh(self._covariance)
+        root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        return root
 
     def _precision_and_recall(self, features: Tensor) -> tuple[float, float]:
         """Which part of the images looks real, and which part of the real ones is covered.
@@ -143,9 +151,11 @@ def _kernel(a: Tensor, b: Tensor) -> float:
     return values.sum(dtype=torch.float64).item()
 
 
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and covariance, in float64."""
-    return features.double().mean(0), torch.cov(features.double().T)
+def _moments(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, a factor whose square is the covariance, and that; in float64."""
+    mean = features.mean(0, dtype=torch.float64)
+    factor = (features - mean) / (len(features) - 1) ** 0.5
+    return mean, factor, factor.T @ factor
 
 
 def _distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from gan_lib.base.checks import check_type, require_range
 from gan_lib.base.errors import RunError, describe
 from gan_lib.base.storage import Folder
 from gan_lib.data.image_set import ImageSet
@@ -23,17 +20,10 @@ from gan_lib.gan.models import Generator, generator_of
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results import files
 from gan_lib.results.checkpoints import Checkpoints, Position
-from gan_lib.results.files import (
-    LOSSES,
-    PARAMETERS,
-    QUALITY,
-    STATUS,
-    STOP,
-    epoch_path,
-    epochs_of,
-)
+from gan_lib.results.files import PARAMETERS, QUALITY, STATUS, STOP, epoch_path, epochs_of
 from gan_lib.results.pictures import read_png
 from gan_lib.results.quality import best_epoch, of_network, read_quality
+from gan_lib.results.reading import RunStatus, read_info, read_record, read_status
 from gan_lib.sources import manifest
 from gan_lib.sources.source import resolve_source
 
@@ -59,28 +49,6 @@ def open_run(url: str = "latest") -> Run:
     if not found:
         raise RunError(f"there is no run in {files.RUNS} yet: train one first (notebook 04)")
     return Run(str(max(found, key=lambda path: path.stat().st_mtime).parent))
-
-
-@dataclass(frozen=True)
-class RunStatus:
-    """What a run was last heard to do.
-
-    Attributes:
-        state: "waiting", "training"; or how it ended: "finished", "failed", "stopped" with a
-            checkpoint of where it was, or "interrupted" without.
-        time: when it said so, in seconds since 1970.
-        error: what ended it, if it failed.
-        job: the attempt that may write into it.
-        restarts: why it was started again, a sentence for each time.
-        reason: why it ended by itself before its last epoch.
-    """
-
-    state: str = "waiting"
-    time: float = 0.0
-    error: str = ""
-    job: str = ""
-    restarts: tuple[str, ...] = ()
-    reason: str = ""
 
 
 class Run:
@@ -114,12 +82,7 @@ class Run:
         except FileNotFoundError:
             raise RunError(f"no run lives at {self.url}: it holds no {PARAMETERS}") from None
         with self._understanding(PARAMETERS):
-            info = check_type("it", dict, json.loads(data))
-            told = check_type("parameters", dict, info.get("parameters"))
-            known = {name: told[name] for name in TrainingParameters.names() if name in told}
-            for name in {"images", "steps_per_epoch", "world_size"} & info.keys():
-                require_range(name, check_type(name, int, info[name]), 1, None)
-            return info | {"parameters": told | TrainingParameters(**known).to_dict()}
+            return read_info(data)
 
     def status(self) -> RunStatus:
         """What the run was last heard to do."""
@@ -128,14 +91,7 @@ class Run:
         except FileNotFoundError:
             return RunStatus()
         with self._understanding(STATUS):
-            told = check_type("it", dict, json.loads(data))
-            told["restarts"] = tuple(map(str, told.get("restarts", ())))
-            known: dict[str, Any] = {
-                field.name: check_type(field.name, type(field.default), told[field.name])
-                for field in fields(RunStatus)
-                if field.name in told
-            }
-            return RunStatus(**known)
+            return read_status(data)
 
     def epochs(self, kind: str) -> list[int]:
         """The epochs that have a file of this kind: "records", "samples" or "checkpoints"."""
@@ -155,7 +111,7 @@ class Run:
         lines: list[dict[str, Any]] = []
         for epoch, data in zip(chosen, self._read("records", chosen), strict=True):
             with self._understanding(epoch_path("records", epoch)):
-                lines += [_record(line) for line in data.decode().splitlines()]
+                lines += [read_record(line) for line in data.decode().splitlines()]
         return lines
 
     def samples(self, epochs: Sequence[int | str] | None = None) -> dict[int, np.ndarray]:
@@ -374,14 +330,6 @@ class Run:
             raise RunError(
                 f"{self.url} has no {kind} of epoch {epoch}: it has {_join(self.epochs(kind))}"
             ) from None
-
-
-def _record(line: str) -> dict[str, Any]:
-    record = check_type("a line", dict, json.loads(line))
-    for name in ("iteration", "epoch", *LOSSES, "images_per_second", "time"):
-        if not isinstance(record.get(name), int | float):
-            raise ValueError(f"{name} is {record.get(name)!r}, expected a number")
-    return record
 
 
 def _join(epochs: Sequence[int]) -> str:

@@ -1,0 +1,43 @@
+"""How good it is: the measure by epoch, and generated images beside the nearest real ones."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from gan_lib.base.errors import RunError
+from gan_lib.results.plots import _figure, _labelled
+from gan_lib.results.quality import best_epoch
+from gan_lib.results.run import Run
+
+
+def plot_quality(run: Run, network: str = "") -> Figure:
+    """KID by epoch with its spread, the floor of real images, and the epoch that is best.
+
+    Args:
+        run: that was measured.
+        network: as in `Run.quality`.
+
+    Raises:
+        RunError: if nothing was measured.
+    """
+    lines = run.quality(network)
+    if not lines:
+        raise RunError(f"{run.url} was not measured yet: call measure() on it")
+    figure, axes = _figure(figsize=(8, 3.6))
+    epochs = [line["epoch"] for line in lines]
+    spreads = [line["kid_spread"] for line in lines]
+    axes.errorbar(
+        epochs, [line["kid"] for line in lines], yerr=spreads, marker=".", label="generated"
+    )
+    floor = lines[-1]["kid_floor"]
+    axes.axhline(floor, color="tab:green", linestyle="--", label="other real images: the floor")
+    chosen = best_epoch(lines, run.epochs("checkpoints"))
+    for line in lines:
+        if line["epoch"] == chosen:
+            label = f"best that is kept: epoch {chosen}, {line['kid']:.3f}"
+            axes.plot(chosen, line["kid"], "o", color="tab:red", markersize=9, label=label)
+    title = f"distance from real images (features of {lines[-1]['network']})"
+    _labelled(axes, title, "epoch", "KID: lower is better")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+    return figure
