@@ -14,7 +14,7 @@ from distributed import Client
 
 from gan_lib.base.errors import ParameterError, RunError
 from gan_lib.data.image_set import ImageSet
-from gan_lib.gan.models import render
+from gan_lib.gan.drawing import render
 from gan_lib.jobs.launching import run_ranks
 from gan_lib.parameters import TrainingParameters
 from gan_lib.quality.features import EfficientNetLite0, features_of

@@ -46,7 +46,11 @@ def render(generator: Generator, z: Tensor, labels: Tensor | None = None) -> np.
 
 
 def generate_images(
-    generator: Generator, n: int, seed: int = 0, of: str | None = None
+    generator: Generator,
+    n: int,
+    seed: int = 0,
+    of: str | None = None,
+    part: slice = slice(None),
 ) -> np.ndarray:
     """Make `n` new images: uint8, n x H x W x C.
 
@@ -56,6 +60,7 @@ def generate_images(
         seed: another one, other images.
         of: a class, by its name or a part of it; None draws them as often as they are among the
             real images.
+        part: only these of the `n`; each rank may draw another.
 
     Raises:
         ParameterError: if there is no such class.
@@ -63,7 +68,7 @@ def generate_images(
     z, labels = latent_vectors(n, generator.nz, seed), random_labels(generator, n, seed)
     if of is not None:
         labels = torch.full((n,), class_called(generator, of))
-    return render(generator, z, labels)
+    return render(generator, z[part], None if labels is None else labels[part])
 
 
 def class_called(generator: Generator, name: str) -> int:

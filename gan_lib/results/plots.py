@@ -256,9 +256,8 @@ def plot_clock(run: Run) -> Figure:
 def latent_walk(generator: Generator, stops: int = 4, steps: int = 8, seed: int = 0) -> np.ndarray:
     """Images on the way between random latent vectors.
 
-    The way follows the sphere (slerp): Gaussian vectors of length nz have nearly
-    equal norms, and the straight line between two of them leads through the
-    middle, where the generator has seen none (White 2016, arXiv:1609.04468).
+    The way follows the sphere (slerp): Gaussian vectors of length nz have nearly equal norms, and
+    a straight line leads through the middle, where the generator has seen none (arXiv:1609.04468).
 
     Returns:
         uint8, (stops - 1) * steps x H x W x C.

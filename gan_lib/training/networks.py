@@ -15,7 +15,7 @@ from gan_lib.base.seeds import CLASSES, LATENTS, SAMPLES, WEIGHTS, stream_seed
 from gan_lib.data.batches import Batch
 from gan_lib.gan.augmentation import Look
 from gan_lib.gan.averaging import MovingAverage
-from gan_lib.gan.drawing import latent_vectors, random_labels, render
+from gan_lib.gan.drawing import generate_images, latent_vectors, random_labels, render
 from gan_lib.gan.models import Generator, discriminator_of, generator_of
 from gan_lib.gan.steps import Lesson, autocast, discriminator_step, generator_step
 from gan_lib.parameters import TrainingParameters
@@ -195,8 +195,8 @@ class Training:
             buffer.copy_(values[self.ranks.rank] if same else torch.stack(values).mean(0))
 
     def generate(self, n: int, seed: int, part: slice) -> np.ndarray:
-        """A part of `n` new images, of which every rank may draw another: uint8, as `draw`."""
-        return render(self.generator, latent_vectors(n, self.parameters.nz, seed)[part])
+        """A part of `n` new images, of which each rank may draw another: uint8, as `draw`."""
+        return generate_images(self.artist(), n, seed, part=part)
 
     def _statistics(self) -> Iterator[tuple[str, Tensor]]:
         for network, module in self.networks.items():
