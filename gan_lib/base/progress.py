@@ -12,7 +12,6 @@ import re
 import sys
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
@@ -106,12 +105,7 @@ class ProgressBar:
     def __enter__(self) -> ProgressBar:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -126,7 +126,7 @@ def prepare_images(
         return images.limited(max_images)
     place = find_source(source, storage_options)
     files = list_files(place)
-    annotations = list_annotations(place, annotation) if crop == "box" else None
+    annotations = list_annotations(files.source, annotation) if crop == "box" else None
     told = {
         "source": place.url,
         **asdict(recipe),

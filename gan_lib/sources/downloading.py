@@ -90,7 +90,8 @@ def _fetch_into(target: Path, part: Path, entry: dict[str, Any]) -> None:
             "needed: make room, or name another place in the environment variable GAN_LIB_CACHE"
         )
     _download(entry["url"], part, entry["bytes"])
-    found = _sha256(part)
+    with open(part, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != entry["sha256"]:
         part.unlink()
         raise SourceError(
@@ -150,11 +151,6 @@ def _go_on(url: str, part: Path, size: int, bar: ProgressBar) -> None:
         raise ConnectionError(f"the connection ended after {found:,} of {size:,} bytes")
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _unpack(archive: Path, target: Path) -> None:
     aside = archive.with_suffix(".unpacking")
     # One that was killed may have left it.
@@ -185,11 +181,11 @@ def differences(name: str, paths: Sequence[str]) -> list[str]:
     Returns:
         One line for each class that differs; none if all is as it should be.
     """
-    expected = manifest.sources()[name]["classes"]
+    expected = Counter(manifest.sources()[name]["classes"])
     images = [path for path in paths if path.lower().endswith((".jpg", ".jpeg"))]
     found = Counter(path.rpartition("/")[0] for path in images)
     return [
-        f"{one}: {found.get(one, 0)} images, expected {expected.get(one, 0)}"
+        f"{one}: {found[one]} images, expected {expected[one]}"
         for one in sorted({*expected, *found})
-        if found.get(one, 0) != expected.get(one, 0)
+        if found[one] != expected[one]
     ]

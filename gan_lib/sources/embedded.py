@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,19 +41,13 @@ def package_arrays(entry: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         SourceError: as `package_images`.
     """
     package = entry["package"]
-    images, labels = (
-        _ArrayUnpickler(
-            io.BytesIO(
-                gzip.decompress(
-                    manifest.package_file(
-                        package["name"], package[part]["path"], package[part]["sha256"]
-                    )
-                )
-            )
-        ).load()
-        for part in ("images", "labels")
-    )
-    return images, labels
+
+    def load(part: Mapping[str, Any]) -> np.ndarray:
+        packed = manifest.package_file(package["name"], part["path"], part["sha256"])
+        array: np.ndarray = _ArrayUnpickler(io.BytesIO(gzip.decompress(packed))).load()
+        return array
+
+    return load(package["images"]), load(package["labels"])
 
 
 class _ArrayUnpickler(pickle.Unpickler):

@@ -67,7 +67,7 @@ def fetch_files(
         SourceError: if the source as a whole can no longer be read.
     """
     fs = source.fs
-    read = _reader(fs)
+    read = partial(_read_object if is_s3(fs) else _read_file, fs)
     # A disk answers at once: threads beyond the cores would only wait for each other.
     n_readers = CPU_COUNT if isinstance(fs, LocalFileSystem) else IN_FLIGHT
     ahead = max(1, min(AHEAD, AHEAD_BYTES // max([1, *sizes])))
@@ -183,23 +183,14 @@ def _reason(source: Source, error: Exception) -> Unread:
     return Unread(f"cannot be read: {source.clean(said) or type(error).__name__}")
 
 
-def _reader(fs: fsspec.AbstractFileSystem) -> Callable[[str, int, Event], bytes | Exception]:
-    """Reads one file, by its path and size, as suits the file system, until the event is set."""
-    if isinstance(fs, LocalFileSystem):
-        return lambda path, size, over: _read_once(fs, path, size)
-    if is_s3(fs):
-        return partial(_read_object, fs)
-    return partial(_read_file, fs)
-
-
 def _read_file(
     fs: fsspec.AbstractFileSystem, path: str, size: int, over: Event
 ) -> bytes | Exception:
-    for pause in PAUSES:
+    # A disk that fails once fails again.
+    for pause in () if isinstance(fs, LocalFileSystem) else PAUSES:
         found = _read_once(fs, path, size)
-        if isinstance(found, bytes | FileNotFoundError | PermissionError):
-            return found
-        if over.wait(_about(pause)):
+        final = isinstance(found, bytes | FileNotFoundError | PermissionError)
+        if final or over.wait(_about(pause)):
             return found
     return _read_once(fs, path, size)
 

