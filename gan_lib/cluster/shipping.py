@@ -27,10 +27,7 @@ _NEEDED = ("torch", "numpy", "PIL", "simplejpeg", "fsspec", "s3fs", "obstore", "
 
 
 def package_checksum() -> str:
-    """SHA-256 of the package's own source and manifest as this process imported them.
-
-    Equal where the code is equal.
-    """
+    """SHA-256 of the package's own source and manifest as this process imported them."""
     return _IMPORTED
 
 

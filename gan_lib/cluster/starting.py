@@ -132,20 +132,6 @@ def close_cluster(client: Client) -> None:
         cluster.close()
 
 
-# glibc gives freed memory back above this many bytes, and Dask's nanny sets 64 KiB so that
-# workers look small. A training step frees and takes the same hundred megabytes each time,
-# and spent a quarter of its time in page faults: let it keep them.
-_KEEP_MEMORY = str(2**30)
-
-
-_WORKER_CONFIG = {
-    # Dask looks at what its tasks do 100 times a second, and at its event loop 50 times,
-    # in the process that is to train: 3 % of a core, and half a per cent without.
-    "distributed.worker.profile.enabled": False,
-    "distributed.admin.tick.interval": "500ms",
-}
-
-
 class _TrainingNanny(Nanny):
     """Starts a worker that trains well next to others, also one that comes or is replaced later.
 
@@ -158,15 +144,24 @@ class _TrainingNanny(Nanny):
     def __init__(
         self, scheduler: str, *, n_threads: int, gpus: Sequence[str], name: int, **named: Any
     ) -> None:
+        config = {
+            # Dask looks at what its tasks do 100 times a second, and at its event loop 50 times,
+            # in the process that is to train: 3 % of a core, and half a per cent without.
+            "distributed.worker.profile.enabled": False,
+            "distributed.admin.tick.interval": "500ms",
+        }
         preload = [
             *dask.config.get("distributed.worker.preload"),
             # Ctrl-C in a terminal or a notebook reaches the workers too, and would end them.
             "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)",
         ]
-        super().__init__(scheduler, name=name, config=_WORKER_CONFIG, preload=preload, **named)
+        super().__init__(scheduler, name=name, config=config, preload=preload, **named)
         environment = {
-            "MALLOC_TRIM_THRESHOLD_": _KEEP_MEMORY,
-            "MALLOC_MMAP_THRESHOLD_": _KEEP_MEMORY,
+            # glibc gives freed memory back above this many bytes, and Dask's nanny sets 64 KiB so
+            # that workers look small. A training step frees and takes the same hundred megabytes
+            # each time, and spent a quarter of its time in page faults: let it keep them.
+            "MALLOC_TRIM_THRESHOLD_": str(2**30),
+            "MALLOC_MMAP_THRESHOLD_": str(2**30),
             # Ranks share the cores: torch would start a thread per core in each of them.
             "OMP_NUM_THREADS": str(n_threads),
             # One thread of obstore waits for all requests; two also wake each other.

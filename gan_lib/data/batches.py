@@ -9,7 +9,7 @@ images meet in the same step on 1 rank or on 10.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -86,33 +86,30 @@ class Batch:
     weight: float
 
 
+@dataclass(eq=False)
 class Batches:
     """The batches of one rank.
 
-    Args:
+    Attributes:
         images: what to train on.
         parameters: `batch_size`, `seed`, `flip` and those of pixel values are used.
         rank: of this process, 0 to world_size - 1.
         world_size: number of ranks.
         device: where the batches are put and mirrored.
+        steps_per_epoch: how many batches each epoch has.
 
     Raises:
         ParameterError: if there are too few images for that many ranks.
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        parameters: TrainingParameters,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.images = images
-        self.parameters = parameters
-        self.rank = rank
-        self.world_size = world_size
-        self.device = torch.device(device)
+    images: ImageSet
+    parameters: TrainingParameters
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device | str = "cpu"
+    steps_per_epoch: int = field(init=False)
+
+    def __post_init__(self) -> None:
         self.steps_per_epoch = len(self._shares(epoch=1))
 
     def _shares(self, epoch: int) -> list[list[np.ndarray]]:

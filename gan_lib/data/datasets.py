@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -103,14 +104,13 @@ def dataset_images(
     )
 
 
+@dataclass(frozen=True)
 class _DatasetPixels:
     """Indexed like an array of N x H x W x C uint8, and reads what it is asked for."""
 
-    def __init__(self, dataset: Dataset[Any], shape: tuple[int, ...], crop: str) -> None:
-        self.dataset = dataset
-        self.crop = crop
-        self.shape = shape
-        self.ndim, self.dtype = 4, np.dtype(np.uint8)
+    dataset: Dataset[Any]
+    shape: tuple[int, ...]
+    crop: str
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -119,7 +119,7 @@ class _DatasetPixels:
         return map(self.image, range(len(self)))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self[np.arange(len(self))].astype(dtype or self.dtype, copy=False)
+        return self[np.arange(len(self))].astype(dtype or np.uint8, copy=False)
 
     def __getitem__(self, key: int | slice | np.ndarray | Sequence[int]) -> np.ndarray:
         if isinstance(key, int | np.integer):

@@ -42,8 +42,6 @@ def jitter_colours(images: Tensor, factors: Tensor, mean: float = 0.5, std: floa
     Args:
         images: as `normalise` makes them with the same mean and std, n x C x H x W.
         factors: n x 3, of brightness, contrast and saturation; 1 changes nothing.
-        mean: of `normalise`.
-        std: of `normalise`.
     """
     brightness, contrast, saturation = factors.view(-1, 3, 1, 1, 1).unbind(1)
     # As 0..1, because black is what brightness is measured from.

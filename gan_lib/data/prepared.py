@@ -41,12 +41,9 @@ _SHARD = re.compile(r"shard_\d{4,}\.npy")
 def make_index(
     files: Listing, shards: Sequence[dict[str, Any]], told: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What index.json says of a preparation.
+    """What index.json says of files that were prepared, and what `make_shard` made of them.
 
-    Args:
-        files: that were prepared.
-        shards: what `make_shard` returned, in order.
-        told: goes into the index as it is; `max_images` of it are kept, if it is not 0.
+    `told` goes into the index as it is; `max_images` of it are kept, if it is not 0.
     """
     names = [files.class_of(path) for shard in shards for path in shard["paths"]]
     names = names[: told["max_images"] or None]

@@ -49,12 +49,8 @@ def archives_of(name: str) -> dict[str, dict[str, Any]]:
 def fetch(name: str, archives: Sequence[str]) -> list[Path]:
     """Download, check and unpack archives of a source; what is there already stays.
 
-    Args:
-        name: in data_manifest.json.
-        archives: which of its archives.
-
     Returns:
-        The folder of each.
+        The folder of each archive.
 
     Raises:
         SourceError: if a file cannot be had, is another than the manifest says, or holds
@@ -172,14 +168,10 @@ def _unpack(archive: Path, target: Path) -> None:
 
 
 def differences(name: str, paths: Sequence[str]) -> list[str]:
-    """How the images of a source differ from what data_manifest.json says of it.
-
-    Args:
-        name: in data_manifest.json.
-        paths: of the files, below the source's folder.
+    """How files, by their paths below a source's folder, differ from what data_manifest.json says.
 
     Returns:
-        One line for each class that differs; none if all is as it should be.
+        One line for each class that differs.
     """
     expected = Counter(manifest.sources()[name]["classes"])
     images = [path for path in paths if path.lower().endswith((".jpg", ".jpeg"))]

@@ -15,12 +15,7 @@ from gan_lib.sources import manifest
 
 
 def package_images(entry: dict[str, Any], image_size: int, channels: int) -> np.ndarray:
-    """The images of one label of a package: uint8, N x image_size x image_size x channels.
-
-    Args:
-        entry: of data_manifest.json, with a `package`.
-        image_size: pixels per side.
-        channels: 1, or 3 equal ones.
+    """The images of an entry with a `package`: uint8, N x image_size x image_size x channels.
 
     Raises:
         SourceError: if the package is missing, or holds other bytes than the manifest says.
