@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -34,22 +35,17 @@ def check_type(name: str, expected: type[_T], value: Any) -> _T:
     if type(value) is not expected:
         a = "an" if expected is int else "a"
         hint = ""
-        if expected is float and isinstance(value, str) and _reads_as_float(value):
+        if expected is float and isinstance(value, str):
             # YAML 1.1 reads 2e-4 as text: it wants a dot, 2.0e-4.
-            hint = f"; in YAML write it as {float(value)}"
+            with contextlib.suppress(ValueError):
+                number = float(value)
+                hint = f"; in YAML write it as {number}" if math.isfinite(number) else ""
         raise ParameterError(
             f"{name} is {value!r} ({type(value).__name__}), expected {a} {expected.__name__}{hint}"
         )
     if isinstance(value, float) and not math.isfinite(value):
         raise ParameterError(f"{name} is {value}, expected a finite number")
     return value
-
-
-def _reads_as_float(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

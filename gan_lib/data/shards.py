@@ -7,6 +7,7 @@ missing, and two that are made twice are equal.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -272,10 +273,8 @@ def list_annotations(source: Source, annotation: str | None) -> Listing:
     if source.name in manifest.sources():
         places.append(Source(source.name, str(fetched_folder(source.name, "annotation"))))
     for place in places:
-        try:
+        with contextlib.suppress(SourceError):
             return list_files(place)
-        except SourceError:
-            continue
     raise SourceError(
         f"crop 'box' needs the annotated boxes of {source}, and there are none at "
         f"{' or '.join(place.url for place in places[:2])}: put them there (those of Stanford "

@@ -104,28 +104,25 @@ def _one_sentence(source: Source) -> Iterator[None]:
 _File = tuple[str, int, str]
 
 
-def _find(source: Source) -> tuple[list[_File], list[tuple[str, str]]]:
-    found = _find_objects(source) if is_s3(source.fs) else None
-    return _find_files(source) if found is None else (found, [])
-
-
-def _find_objects(source: Source) -> list[_File] | None:
-    """The objects of S3; None where s3fs is to look, or to say what is wrong."""
+def _find_objects(source: Source) -> list[_File]:
+    """The objects of S3; none where s3fs is to look, or to say what is wrong."""
     bucket, prefix, _ = source.fs.split_path(source.root)
     store = open_bucket(source.fs, bucket)
     if store is None:
-        return None
+        return []
     try:
         return [
             (info["path"][len(prefix) :].lstrip("/"), info["size"], _stamp({"ETag": info["e_tag"]}))
             for info in list_objects(store, prefix)
-        ] or None
+        ]
     except (BaseError, OSError):
-        return None
+        return []
 
 
-def _find_files(source: Source) -> tuple[list[_File], list[tuple[str, str]]]:
+def _find(source: Source) -> tuple[list[_File], list[tuple[str, str]]]:
     fs, root = source.fs, source.root
+    if is_s3(fs) and (objects := _find_objects(source)):
+        return objects, []
     top = fs.ls(root, detail=True)
     if [info["name"].rstrip("/") for info in top] == [root] and top[0]["type"] == "file":
         raise SourceError(f"the source {source} is a file, not a folder: name its folder")
