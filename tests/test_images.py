@@ -218,7 +218,8 @@ def test_what_s3_does_not_have(folder: Path, s3: str) -> None:
                 call(place)
 
 
-def test_where_no_s3_server_answers() -> None:
+def test_where_no_s3_server_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         closed = probe.getsockname()[1]
     options = {"anon": True, "endpoint_url": f"http://127.0.0.1:{closed}"}

@@ -177,7 +177,7 @@ def trains(place: Path) -> Callable[[], None]:
     ("script", "number", "ended"),
     [
         (ALONE, signal.SIGINT, -signal.SIGINT),
-        (ALONE, signal.SIGTERM, 143),
+        pytest.param(ALONE, signal.SIGTERM, 143, marks=pytest.mark.long),
         (ON_A_CLUSTER, signal.SIGINT, 0),  # which ends the watching, and then the script ends
         (ON_A_CLUSTER, signal.SIGTERM, 143),
     ],

@@ -7,7 +7,6 @@ import contextlib
 import io
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,6 @@ from distributed import Client
 from foreign import started
 
 from gan_lib.__main__ import main
-from gan_lib.base.checkout import CHECKOUT
 from gan_lib.base.errors import NotebookError, ParameterError
 from gan_lib.base.progress import parse_progress
 from gan_lib.cli import notebooks
@@ -235,16 +233,6 @@ def test_the_run_is_where_it_was_asked_for(executed: tuple[Executed, dict[str, A
     assert not fs.exists(f"{root}-practice")
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "gan_lib", "run", *arguments],
-        cwd=CHECKOUT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -258,19 +246,24 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_wrong_profile_ends_in_one_sentence(
-    change: dict[str, object], words: list[str], tmp_path: Path
+    change: dict[str, object],
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("gan_lib.cluster.starting.SECONDS_TO_CONNECT", 1)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("no image")
     if change.get("source") == "TEXTS":
         change = {"source": str(tmp_path / "texts")}
     profile = tmp_path / "wrong.yaml"
     profile.write_text(yaml.safe_dump(read_profile("tiny") | change))
-    done = command("--profile", str(profile), "--out", str(tmp_path / "out"))
-    assert done.returncode == 2
+    assert main(["run", "--profile", str(profile), "--out", str(tmp_path / "out")]) == 2
     assert not (tmp_path / "out").exists()  # nothing was executed
-    assert "Traceback" not in done.stderr + done.stdout
-    sentence = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err + said.out
+    sentence = [line for line in said.err.splitlines() if line.startswith("error: ")]
     assert len(sentence) == 1
     for word in words:
         assert word in sentence[0]

@@ -51,7 +51,7 @@ if __name__ == "__main__":
         close_cluster(client)
 """
 MOMENTS = [
-    pytest.param(("here", 2), id="here"),
+    pytest.param(("here", 1), id="here"),
     pytest.param(("on a cluster", 1), id="on a cluster"),
     pytest.param(("here", 20), id="here-20", marks=pytest.mark.long),
     pytest.param(("on a cluster", 20), id="on a cluster-20", marks=pytest.mark.long),

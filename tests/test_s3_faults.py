@@ -150,13 +150,13 @@ def test_a_damaged_shard_is_not_taken_for_done(
     proxy: FaultProxy,
     dogs: tuple[str, Path],
     tmp_path: Path,
-    own_client: Client,  # whose workers inherit the keys of the server
+    client: Client,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def prepare() -> images.ImageSet:
         cache = str(tmp_path / "cache")
         return prepare_images(
-            dogs[0], 16, storage_options=options(proxy), cache=cache, client=own_client
+            dogs[0], 16, storage_options=options(proxy), cache=cache, client=client
         )
 
     # Shards stay as long as one of them lacks a file.
