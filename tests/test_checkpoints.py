@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from distributed import Client
@@ -25,6 +24,7 @@ from gan_lib.training import background
 from gan_lib.training.background import BackgroundWriter
 from gan_lib.training.keeping import RunKeeper
 from gan_lib.training.loop import train_gan
+from gan_lib.training.networks import Training
 from gan_lib.training.ranks import Ranks
 
 
@@ -179,8 +179,10 @@ def test_two_clusters_do_not_write_into_one_run(tmp_path: Path, tiny: TrainingPa
         time.sleep(0.01)
     # Meanwhile another one goes on with the run.
     other = RunKeeper(place, None, tiny)
-    sleeper.keep_epoch(1, [], lambda: np.zeros((1, 2, 2, 1), np.uint8), dict, last=False)
+    training = Training(tiny, Ranks(), torch.device("cpu"))
+    training.epoch = 1
     with pytest.raises(RunError, match="another job goes on"):
+        sleeper.keep_epoch(training, [], last=False)
         sleeper.close()
     other.close()
     assert (tmp_path / "run" / "records" / "epoch_0001.jsonl").read_bytes() == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -231,7 +232,7 @@ _BUSY = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 _IDLE = "{desc}"
 
 
-class _SeriesProgress:
+class _SeriesProgress(io.TextIOBase):
     """A bar for the cells of the series, and below it one for what a cell is doing.
 
     It is also the file that papermill writes the notebooks' output to: the lines
@@ -262,7 +263,7 @@ class _SeriesProgress:
         self._inner.bar_format = _IDLE
         self._inner.set_description_str("")
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         for line in text.splitlines():
             if line.startswith(NOTE):
                 tqdm.write(f"  {line}", file=sys.stderr)
@@ -277,17 +278,12 @@ class _SeriesProgress:
             elif time.monotonic() - self._printed_at > 2 * SECONDS_BETWEEN_LINES:
                 self._printed_at = time.monotonic()
                 print(f"  {line.strip()}", file=sys.stderr, flush=True)
-
-    def flush(self) -> None:
-        """Nothing is held back."""
+        return len(text)
 
     def _end_notebook(self) -> None:
         if self._name:
             seconds = time.monotonic() - self._started
             tqdm.write(f"{self._name} done in {seconds:.0f} s", file=sys.stderr)
-
-    def __enter__(self) -> _SeriesProgress:
-        return self
 
     def interrupted(self) -> None:
         """The notebook that runs ends without having been done."""

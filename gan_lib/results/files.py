@@ -34,6 +34,7 @@ _PER_EPOCH = {
     "samples": "samples/epoch_{:04d}.png",
     "checkpoints": "checkpoints/epoch_{:04d}.pt",
     "within": "checkpoints/within_{:04d}.pt",
+    "tensorboard": "tensorboard/events.out.tfevents.epoch_{:04d}",
 }
 
 LOSSES = ("loss_d_real", "loss_d_fake", "loss_d", "loss_g")

@@ -49,7 +49,7 @@ def read_png(data: bytes) -> np.ndarray:
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def gif_bytes(frames: Sequence[np.ndarray], width: int, milliseconds: int = 120) -> bytes:
+def gif_bytes(frames: np.ndarray | Sequence[np.ndarray], width: int) -> bytes:
     """A GIF that repeats for ever; each frame is uint8, H x W x C."""
     scale = max(1, width // frames[0].shape[1])
     pages = []
@@ -58,7 +58,7 @@ def gif_bytes(frames: Sequence[np.ndarray], width: int, milliseconds: int = 120)
         size = (page.width * scale, page.height * scale)
         pages.append(page.resize(size, Image.Resampling.NEAREST))
     # The last frame is the result: let it stand a while.
-    durations = [milliseconds] * (len(pages) - 1) + [12 * milliseconds]
-    buffer = io.BytesIO()
-    pages[0].save(buffer, "gif", save_all=True, append_images=pages[1:], duration=durations, loop=0)
+    times = [120] * (len(pages) - 1) + [1440]
+    more, buffer = pages[1:], io.BytesIO()
+    pages[0].save(buffer, "gif", save_all=True, append_images=more, duration=times, loop=0)
     return buffer.getvalue()

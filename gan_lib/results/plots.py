@@ -94,7 +94,7 @@ def plot_images_per_class(images: ImageSet) -> Figure:
     axes.bar(range(len(counts)), list(counts.values()))
     if len(counts) <= 20:
         axes.set_xticks(range(len(counts)), list(counts), rotation=30, ha="right")
-    _labelled(axes, f"{len(images):,} images of {images.source}", "class", "images")
+    axes.set(title=f"{len(images):,} images of {images.source}", xlabel="class", ylabel="images")
     return figure
 
 
@@ -102,9 +102,9 @@ def plot_pixel_values(images: np.ndarray) -> Figure:
     """Histograms of the same pixels before and after normalisation: uint8, N x H x W x C."""
     figure, (left, right) = _figure(1, 2, figsize=(10, 3.2))
     left.hist(images.ravel(), bins=64, range=(0, 255), density=True)
-    _labelled(left, "as stored: uint8", "pixel value", "density")
+    left.set(title="as stored: uint8", xlabel="pixel value", ylabel="density")
     right.hist(images.ravel() / 127.5 - 1.0, bins=64, range=(-1, 1), density=True)
-    _labelled(right, "as the networks see it: normalised", "pixel value", "density")
+    right.set(title="as the networks see it: normalised", xlabel="pixel value", ylabel="density")
     return figure
 
 
@@ -156,7 +156,9 @@ def plot_losses(
     found = sorted(chosen["epoch"].unique())
     span = f"epoch {found[0]}" if len(found) == 1 else f"epochs {found[0]} to {found[-1]}"
     over = f", mean over {smooth} records" if smooth > 1 else ""
-    _labelled(axes, f"losses, {span}{over}", "iteration", "loss (binary cross-entropy)")
+    axes.set(
+        title=f"losses, {span}{over}", xlabel="iteration", ylabel="loss (binary cross-entropy)"
+    )
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
@@ -174,7 +176,7 @@ def plot_comparison(
     figure, axes = _figure(figsize=(9, 4))
     for name, table in records.items():
         axes.plot(table["iteration"], _smoothed(table[loss], smooth), label=name)
-    _labelled(axes, f"loss of the {LOSS_LABELS[loss]}", "iteration", "loss")
+    axes.set(title=f"loss of the {LOSS_LABELS[loss]}", xlabel="iteration", ylabel="loss")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
@@ -191,7 +193,7 @@ def plot_bars(values: Mapping[str, float], title: str, unit: str) -> Figure:
         axes.yaxis.set_major_formatter("{x:,.0f}")  # matplotlib's own writes formulas
         axes.set_ylim(bottom=min(1, smallest / 10))
         unit += ", logarithmic"
-    _labelled(axes, title, "", unit)
+    axes.set(title=title, xlabel="", ylabel=unit)
     return figure
 
 
@@ -203,7 +205,7 @@ def plot_shares(shares: Sequence[Sequence[np.ndarray]], title: str) -> Figure:
         steps = np.concatenate([np.full(len(step[rank]), i) for i, step in enumerate(shares)])
         seen = np.concatenate([step[rank] for step in shares])
         axes.scatter(steps, seen, s=3 if n_images > 200 else 20, label=f"rank {rank}")
-    _labelled(axes, title, "step", "index of the image")
+    axes.set(title=title, xlabel="step", ylabel="index of the image")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=4 if n_images > 200 else 1)
     return figure
@@ -222,7 +224,7 @@ def plot_progress(run: Run, records: pd.DataFrame | None = None) -> Figure:
     if len(records):
         _draw_losses(right, records, smooth=max(1, len(records) // 50), losses=("loss_d", "loss_g"))
         right.legend()
-    _labelled(right, "losses", "iteration", "loss")
+    right.set(title="losses", xlabel="iteration", ylabel="loss")
     return figure
 
 
@@ -235,7 +237,7 @@ def animate_samples(run: Run, frames: int = 40, width: int = 256) -> display.Ima
         width: of the picture, in pixels; small ones are enlarged by a whole number.
     """
     pictures = run.samples(_spread(run.epochs("samples"), frames))
-    return _animation(list(pictures.values()), width)
+    return animate_images(list(pictures.values()), width)
 
 
 def plot_clock(run: Run) -> Figure:
@@ -244,7 +246,7 @@ def plot_clock(run: Run) -> Figure:
     records = run.records()
     started = records["time"].min()
     axes.plot(records["time"] - started, records["iteration"], ".", markersize=3)
-    _labelled(axes, "iterations by the clock", "seconds", "iteration")
+    axes.set(title="iterations by the clock", xlabel="seconds", ylabel="iteration")
     # Between two records of one attempt passes nearly the same time; a restart takes longer.
     pauses = records["time"].diff()
     n = len(run.status().restarts)
@@ -262,24 +264,16 @@ def latent_walk(generator: Generator, stops: int = 4, steps: int = 8, seed: int 
     Returns:
         uint8, (stops - 1) * steps x H x W x C.
     """
-    points = latent_vectors(stops, generator.nz, seed).numpy()
-    way = [
-        _slerp(a, b, t)
-        for a, b in pairwise(points)
-        for t in np.linspace(0, 1, steps, endpoint=True)
-    ]
+    legs = pairwise(latent_vectors(stops, generator.nz, seed).numpy())
+    way = [_slerp(a, b, t) for a, b in legs for t in np.linspace(0, 1, steps)]
     return render(generator, torch.from_numpy(np.stack(way)).float())
 
 
-def animate_images(images: np.ndarray, width: int = 192) -> display.Image:
+def animate_images(images: np.ndarray | Sequence[np.ndarray], width: int = 192) -> display.Image:
     """Images one after the other, as a GIF: uint8, N x H x W x C."""
-    return _animation(list(images), width)
-
-
-def _animation(frames: Sequence[np.ndarray], width: int) -> display.Image:
     from IPython import display
 
-    return display.Image(data=gif_bytes(frames, width), format="gif")
+    return display.Image(data=gif_bytes(images, width), format="gif")
 
 
 class _PlainFigure(Figure):
@@ -300,12 +294,6 @@ def _figure(*shape: int, figsize: tuple[float, float], **grid: Any) -> tuple[Fig
     return figure, axes
 
 
-def _labelled(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-
-
 def _show(axes: Axes, picture: np.ndarray, title: str, fontsize: float | None = None) -> None:
     grey = picture.shape[-1] == 1
     # Few pixels are shown as squares; many are not worth the moiré.
@@ -321,16 +309,13 @@ def _forgotten(picture: np.ndarray) -> np.ndarray:
 
 
 def _draw_losses(axes: Axes, records: pd.DataFrame, smooth: int, losses: Sequence[str]) -> None:
+    iterations = records["iteration"]
     for name in losses:
         colour = LOSS_COLOURS[name]
         if smooth > 1:
-            axes.plot(records["iteration"], records[name], color=colour, alpha=0.2)
-        axes.plot(
-            records["iteration"],
-            _smoothed(records[name], smooth),
-            color=colour,
-            label=LOSS_LABELS[name],
-        )
+            axes.plot(iterations, records[name], color=colour, alpha=0.2)
+        smoothed = _smoothed(records[name], smooth)
+        axes.plot(iterations, smoothed, color=colour, label=LOSS_LABELS[name])
 
 
 def _smoothed(values: pd.Series, window: int) -> pd.Series:
@@ -338,9 +323,7 @@ def _smoothed(values: pd.Series, window: int) -> pd.Series:
 
 
 def _spread(epochs: Sequence[int], n: int) -> list[int]:
-    if len(epochs) <= n:
-        return list(epochs)
-    return [epochs[i] for i in evenly_spread(n, len(epochs))]
+    return [epochs[i] for i in evenly_spread(min(n, len(epochs)), len(epochs))]
 
 
 def _slerp(a: np.ndarray, b: np.ndarray, t: float) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from gan_lib.base.errors import RunError
-from gan_lib.results.plots import _figure, _labelled
+from gan_lib.results.plots import _figure
 from gan_lib.results.quality import best_epoch
 from gan_lib.results.run import Run
 
@@ -37,7 +37,7 @@ def plot_quality(run: Run, network: str = "") -> Figure:
             label = f"best that is kept: epoch {chosen}, {line['kid']:.3f}"
             axes.plot(chosen, line["kid"], "o", color="tab:red", markersize=9, label=label)
     title = f"distance from real images (features of {lines[-1]['network']})"
-    _labelled(axes, title, "epoch", "KID: lower is better")
+    axes.set(title=title, xlabel="epoch", ylabel="KID: lower is better")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     return figure

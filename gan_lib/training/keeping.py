@@ -12,7 +12,6 @@ import json
 import platform
 import time
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ from gan_lib.results.run import open_run
 from gan_lib.results.writing import OwnWriter, ResultsHandler, tensorboard_events
 from gan_lib.training.background import BackgroundWriter
 from gan_lib.training.networks import Training
-from gan_lib.training.resuming import record_lines, take_up, tensorboard_path
+from gan_lib.training.resuming import record_lines, take_up
 
 # How often the records of a long epoch are written while it goes on, for those who watch.
 SECONDS_BETWEEN_WRITES = 2.0
@@ -74,20 +73,16 @@ class Keeper:
 
     def keep_epoch(
         self,
-        epoch: int,
+        training: Training,
         records: list[dict[str, Any]],
-        draw: Callable[[], np.ndarray],
-        state: Callable[[], dict[str, Any]],
         last: bool,
         quality: dict[str, Any] | None = None,
     ) -> None:
-        """All that a finished epoch leaves.
+        """All that the epoch leaves that has just ended: of the last one, everything there is.
 
-        `draw` makes the pictures, uint8, N x H x W x C, and `state` the content of a checkpoint:
-        they are called if one is due, or the epoch is the last. `quality` is how good it is,
-        if that was measured.
+        `quality` is how good it is, if that was measured.
         """
-        self._submit(epoch_path("records", epoch), record_lines(records))
+        self._submit(epoch_path("records", training.epoch), record_lines(records))
 
     def keep_part(self, records: list[dict[str, Any]], state: dict[str, Any]) -> None:
         """What an epoch leaves that is stopped before its end; resume does the rest of it."""
@@ -165,15 +160,13 @@ class RunKeeper(Keeper):
 
     def keep_epoch(
         self,
-        epoch: int,
+        training: Training,
         records: list[dict[str, Any]],
-        draw: Callable[[], np.ndarray],
-        state: Callable[[], dict[str, Any]],
         last: bool,
         quality: dict[str, Any] | None = None,
     ) -> None:
-        super().keep_epoch(epoch, records, draw, state, last)
-        p, submit = self.parameters, self._background.submit
+        super().keep_epoch(training, records, last)
+        p, epoch, submit = training.parameters, training.epoch, self._background.submit
         # Before the checkpoint: what is best stays, whatever is thinned out.
         measured = [] if quality is None else [quality]
         if measured:
@@ -182,9 +175,9 @@ class RunKeeper(Keeper):
         if records or measured:
             submit(self._write_tensorboard, epoch, [*records, *measured])
         if last or epoch % p.sample_every == 0 or epoch == 1:
-            submit(self._write_picture, epoch, image_grid(draw()))
+            submit(self._write_picture, epoch, image_grid(training.draw()))
         if last or epoch % p.checkpoint_every == 0:
-            submit(self._write_checkpoint, Position(epoch), _copied(state()))
+            submit(self._write_checkpoint, Position(epoch), _copied(training.state()))
 
     def keep_part(self, records: list[dict[str, Any]], state: dict[str, Any]) -> None:
         position = Position(state["epoch"], within=True)
@@ -239,7 +232,8 @@ class RunKeeper(Keeper):
     def _write_tensorboard(self, epoch: int, records: list[dict[str, Any]]) -> None:
         # Optional on the workers of a cluster: the files of records say the same.
         with contextlib.suppress(ImportError):
-            self._writer.submit_result(tensorboard_path(epoch), tensorboard_events(records))
+            events = tensorboard_events(records)
+            self._writer.submit_result(epoch_path("tensorboard", epoch), events)
 
     def _set_status(self, state: str, **details: Any) -> None:
         self._state, self._signed_at = state, time.monotonic()

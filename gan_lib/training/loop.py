@@ -262,5 +262,5 @@ def _end_epoch(
     if last or training.epoch % p.checkpoint_every == 0:
         training.check_weights()
         ranks.require_equal_weights(training.networks)
-    keeper.keep_epoch(training.epoch, records, training.draw, training.state, last, quality)
+    keeper.keep_epoch(training, records, last, quality)
     return asked

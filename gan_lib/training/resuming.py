@@ -129,13 +129,12 @@ def take_up(
         known = run.plain_records([position.epochs + 1])
         records = [record for record in known if record["iteration"] <= state["iteration"]]
     # An iteration is recorded once: what follows the checkpoint is trained again.
-    for kind in ("records", "samples"):
+    for kind in ("records", "samples", "tensorboard"):
         for epoch in run.epochs(kind):
             if records and kind == "records" and epoch == position.epochs + 1:
                 writer.submit_result(epoch_path(kind, epoch), record_lines(records))
             elif epoch > position.epochs:
                 writer.remove(epoch_path(kind, epoch))
-                writer.remove(tensorboard_path(epoch))
     for later in checkpoints.positions():
         if later > position:
             checkpoints.remove(later)
@@ -145,8 +144,3 @@ def take_up(
 def record_lines(records: list[dict[str, Any]]) -> str:
     """The content of a file of records."""
     return "".join(json.dumps(record) + "\n" for record in records)
-
-
-def tensorboard_path(epoch: int) -> str:
-    """Path of an epoch's events below the run directory; TensorBoard reads them by name."""
-    return f"tensorboard/events.out.tfevents.epoch_{epoch:04d}"

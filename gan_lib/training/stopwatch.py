@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from gan_lib.data.batches import Batch
+from gan_lib.data.batches import Batch
 
 
 class Stopwatch:
-    """How fast it goes, and which part of the time goes into waiting for the next batch."""
+    """Started when it is made."""
 
     def __init__(self) -> None:
         self._n_images = 0
