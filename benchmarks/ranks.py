@@ -19,7 +19,7 @@ import torch
 
 from gan_lib.cluster.starting import close_cluster, start_cluster
 from gan_lib.jobs.launching import run_ranks
-from gan_lib.training.loop import train_gan
+from gan_lib.training.rank import train_gan
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "32 x 32, ngf = ndf = 32": {

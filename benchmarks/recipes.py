@@ -25,7 +25,7 @@ from gan_lib.data.image_set import ImageSet
 from gan_lib.data.images import prepare_images
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.run import Run, open_run
-from gan_lib.training.loop import train_gan
+from gan_lib.training.rank import train_gan
 
 # What each is, beside the article's: plain DCGAN with real_label 0.5.
 ALL: dict[str, Any] = {

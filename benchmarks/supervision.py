@@ -21,7 +21,7 @@ from distributed import Client
 from gan_lib.cluster.starting import close_cluster, start_cluster
 from gan_lib.jobs.launching import launch, run_ranks
 from gan_lib.parameters import TrainingParameters
-from gan_lib.training.loop import train_gan
+from gan_lib.training.rank import train_gan
 
 # DCGAN at 64 x 64 is 25 MB of weights, 76 MB with its optimisers: after every 16 steps a
 # checkpoint, and a picture of 64 images.

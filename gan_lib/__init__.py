@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from gan_lib.jobs.results_handler import DaskResultsHandler as DaskResultsHandler
     from gan_lib.parameters import TrainingParameters as TrainingParameters
     from gan_lib.results.run import open_run as open_run
-    from gan_lib.training.loop import train_gan as train_gan
+    from gan_lib.training.rank import train_gan as train_gan
 
 __version__ = "0.1.0"
 

@@ -23,8 +23,8 @@ from gan_lib.results.writing import RunWriter
 from gan_lib.training import background
 from gan_lib.training.background import BackgroundWriter
 from gan_lib.training.keeping import RunKeeper
-from gan_lib.training.loop import train_gan
 from gan_lib.training.networks import Training
+from gan_lib.training.rank import train_gan
 from gan_lib.training.ranks import Ranks
 
 

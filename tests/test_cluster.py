@@ -26,7 +26,7 @@ from gan_lib.jobs.rank_group import pick_gpus
 from gan_lib.jobs.rank_task import RankTask, work_as_rank
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.run import open_run
-from gan_lib.training.loop import train_gan
+from gan_lib.training.rank import train_gan
 
 
 def test_launch_trains_equal_replicas(

@@ -25,7 +25,8 @@ from gan_lib.data.image_set import ImageSet
 from gan_lib.data.images import prepare_images
 from gan_lib.jobs.launching import launch
 from gan_lib.parameters import TrainingParameters
-from gan_lib.training.loop import TrainingResult, train_gan
+from gan_lib.training.rank import train_gan
+from gan_lib.training.result import TrainingResult
 
 AS_TENSOR = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
 

@@ -19,7 +19,7 @@ import pytest
 from gan_lib.base.interrupts import interruptible
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.run import open_run
-from gan_lib.training.loop import train_gan
+from gan_lib.training.rank import train_gan
 
 ENDLESS = 1_000_000
 SIGNALS = [signal.SIGINT, signal.SIGTERM]

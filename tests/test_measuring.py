@@ -22,9 +22,9 @@ from gan_lib.results.files import SCORES
 from gan_lib.results.quality import keep_quality, no_longer_better, read_quality
 from gan_lib.results.run import Run, open_run
 from gan_lib.results.writing import RunWriter
-from gan_lib.training.loop import train_gan
 from gan_lib.training.measuring import Measuring, _real_features
 from gan_lib.training.networks import Training
+from gan_lib.training.rank import train_gan
 from gan_lib.training.ranks import Ranks
 
 

@@ -39,7 +39,7 @@ from gan_lib.practice.photographs import make_photographs
 from gan_lib.practice.s3_server import serve_s3
 from gan_lib.results.run import open_run
 from gan_lib.results.writing import create_run
-from gan_lib.training.loop import train_gan
+from gan_lib.training.rank import train_gan
 
 NAMES = ["01_data", "02_models", "03_parameters", "04_distributed_training", "05_results"]
 

@@ -19,7 +19,7 @@ from gan_lib.data.image_set import ImageSet
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results import plots
 from gan_lib.results.run import Run, open_run
-from gan_lib.training.loop import train_gan
+from gan_lib.training.rank import train_gan
 
 
 @pytest.fixture(scope="module")

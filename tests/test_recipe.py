@@ -29,7 +29,7 @@ from gan_lib.gan.steps import FAKE, REAL, Lesson, discriminator_step, generator_
 from gan_lib.jobs.launching import run_ranks
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.run import open_run
-from gan_lib.training.loop import train_gan
+from gan_lib.training.rank import train_gan
 from gan_lib.training.ranks import distribute
 
 EVERYTHING = {

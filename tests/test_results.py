@@ -27,7 +27,7 @@ from gan_lib.results.pictures import image_grid
 from gan_lib.results.reading import RunStatus
 from gan_lib.results.run import Run, open_run
 from gan_lib.results.writing import RunWriter, create_run
-from gan_lib.training.loop import train_gan
+from gan_lib.training.rank import train_gan
 
 
 @pytest.fixture(scope="module")

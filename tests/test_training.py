@@ -24,7 +24,7 @@ from gan_lib.jobs.launching import run_ranks
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.run import open_run
 from gan_lib.training import background, ranks
-from gan_lib.training.loop import train_gan
+from gan_lib.training.rank import train_gan
 from gan_lib.training.ranks import Ranks, distribute, speed_of_bfloat16
 from gan_lib.training.stopwatch import Stopwatch
 

@@ -28,7 +28,7 @@ from gan_lib.results.files import PARAMETERS
 from gan_lib.results.run import open_run
 from gan_lib.results.writing import create_run, new_run_url, refuse_taken
 from gan_lib.sources.source import resolve_source
-from gan_lib.training.loop import train_gan
+from gan_lib.training.rank import train_gan
 from gan_lib.training.resuming import (
     refuse_differences,
     refuse_impatience,

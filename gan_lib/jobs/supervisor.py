@@ -28,7 +28,8 @@ from gan_lib.parameters import TrainingParameters
 from gan_lib.results.files import PARAMETERS, REGROUP, STOP
 from gan_lib.results.run import open_run
 from gan_lib.results.writing import OwnWriter
-from gan_lib.training.loop import TrainingResult, train_gan
+from gan_lib.training.rank import train_gan
+from gan_lib.training.result import TrainingResult
 
 SECONDS_BETWEEN_LOOKS = 0.3
 # A worker that has just come may go again.
