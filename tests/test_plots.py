@@ -16,6 +16,7 @@ from PIL import Image
 
 from gan_lib.data.batches import epoch_shares
 from gan_lib.data.image_set import ImageSet
+from gan_lib.gan.drawing import latent_vectors, latent_walk, render
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results import plots
 from gan_lib.results.run import Run, open_run
@@ -45,6 +46,9 @@ PLOTS: dict[str, Callable[[Run, ImageSet], Any]] = {
         {"one": run.records(), "other": run.records()}
     ),
     "plot_bars": lambda run, images: plots.plot_bars({"a": 1.0, "b": 2.0}, "speed", "images/s"),
+    "plot_curves": lambda run, images: plots.plot_curves(
+        {"a": run.records().set_index("iteration")[["loss_d", "loss_g"]]}, "loss"
+    ),
     "plot_shares": lambda run, images: plots.plot_shares(epoch_shares(96, 32, 2, 0, 1), "shares"),
     "plot_clock": lambda run, images: plots.plot_clock(run),
     "plot_progress": lambda run, images: plots.plot_progress(run),
@@ -101,10 +105,8 @@ def test_animation_of_the_samples(run: Run) -> None:
 
 
 def test_walk_begins_and_ends_at_latent_vectors(run: Run) -> None:
-    from gan_lib.gan.drawing import latent_vectors, render
-
     generator = run.generator()
-    way = plots.latent_walk(generator, stops=3, steps=4, seed=1)
+    way = latent_walk(generator, stops=3, steps=4, seed=1)
     ends = render(generator, latent_vectors(3, generator.nz, 1))
     assert way.shape == (8, 16, 16, 1)
     for position, end in ((0, 0), (3, 1), (4, 1), (7, 2)):

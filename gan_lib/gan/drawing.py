@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -71,6 +73,22 @@ def generate_images(
     return render(generator, z[part], None if labels is None else labels[part])
 
 
+def latent_walk(generator: Generator, stops: int = 4, steps: int = 8, seed: int = 0) -> np.ndarray:
+    """Images on the way between random latent vectors.
+
+    The way follows the sphere (slerp): Gaussian vectors of length nz have nearly equal norms, and
+    a straight line leads through the middle, where the generator has seen none (arXiv:1609.04468).
+    A generator that knows classes draws one of them all the way.
+
+    Returns:
+        uint8, (stops - 1) * steps x H x W x C.
+    """
+    legs = pairwise(latent_vectors(stops, generator.nz, seed).numpy())
+    way = [_slerp(a, b, t) for a, b in legs for t in np.linspace(0, 1, steps)]
+    z, labels = torch.from_numpy(np.stack(way)).float(), random_labels(generator, 1, seed)
+    return render(generator, z, None if labels is None else labels.expand(len(z)))
+
+
 def class_called(generator: Generator, name: str) -> int:
     """Index of the one class whose name is `name`, or holds it.
 
@@ -91,3 +109,10 @@ def class_called(generator: Generator, name: str) -> int:
         f"of is {name!r}, which is the name of {len(found) or 'none'} of its classes: take one of "
         + ", ".join(found or names)
     )
+
+
+def _slerp(a: np.ndarray, b: np.ndarray, t: float) -> np.ndarray:
+    cosine = np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b))
+    angle = np.arccos(np.clip(cosine, -1.0, 1.0))
+    point: np.ndarray = (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)
+    return point

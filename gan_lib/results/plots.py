@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from gan_lib.data.image_set import ImageSet, evenly_spread
-from gan_lib.gan.drawing import latent_vectors, render
-from gan_lib.gan.models import Generator
 from gan_lib.results.files import LOSSES
 from gan_lib.results.pictures import gif_bytes, image_grid
 from gan_lib.results.run import Run
@@ -197,6 +193,16 @@ def plot_bars(values: Mapping[str, float], title: str, unit: str) -> Figure:
     return figure
 
 
+def plot_curves(tables: Mapping[str, pd.DataFrame], unit: str) -> Figure:
+    """A panel for each table, by its title: a line for each column, over the index."""
+    figure, panels = _figure(1, len(tables), figsize=(4.6 * len(tables) + 0.4, 3.6))
+    for axes, (title, table) in zip(np.ravel(panels), tables.items(), strict=True):
+        axes.plot(table.index, table, label=list(table))
+        axes.set(title=title, xlabel=str(table.index.name), ylabel=unit)
+        axes.legend()
+    return figure
+
+
 def plot_shares(shares: Sequence[Sequence[np.ndarray]], title: str) -> Figure:
     """Which rank sees which image in which step: `epoch_shares`' result as a map."""
     figure, axes = _figure(figsize=(9, 3.4))
@@ -255,20 +261,6 @@ def plot_clock(run: Run) -> Figure:
     return figure
 
 
-def latent_walk(generator: Generator, stops: int = 4, steps: int = 8, seed: int = 0) -> np.ndarray:
-    """Images on the way between random latent vectors.
-
-    The way follows the sphere (slerp): Gaussian vectors of length nz have nearly equal norms, and
-    a straight line leads through the middle, where the generator has seen none (arXiv:1609.04468).
-
-    Returns:
-        uint8, (stops - 1) * steps x H x W x C.
-    """
-    legs = pairwise(latent_vectors(stops, generator.nz, seed).numpy())
-    way = [_slerp(a, b, t) for a, b in legs for t in np.linspace(0, 1, steps)]
-    return render(generator, torch.from_numpy(np.stack(way)).float())
-
-
 def animate_images(images: np.ndarray | Sequence[np.ndarray], width: int = 192) -> display.Image:
     """Images one after the other, as a GIF: uint8, N x H x W x C."""
     from IPython import display
@@ -324,10 +316,3 @@ def _smoothed(values: pd.Series, window: int) -> pd.Series:
 
 def _spread(epochs: Sequence[int], n: int) -> list[int]:
     return [epochs[i] for i in evenly_spread(min(n, len(epochs)), len(epochs))]
-
-
-def _slerp(a: np.ndarray, b: np.ndarray, t: float) -> np.ndarray:
-    cosine = np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b))
-    angle = np.arccos(np.clip(cosine, -1.0, 1.0))
-    point: np.ndarray = (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)
-    return point
