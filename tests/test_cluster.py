@@ -55,6 +55,8 @@ def test_launch_returns_at_once_and_can_be_stopped(
     deadline = time.monotonic() + 60
     while not job.run.epochs("records") and time.monotonic() < deadline:
         time.sleep(0.1)
+    with pytest.raises(TimeoutError, match="still runs after 0 s"):
+        job.result(timeout=0)
     job.stop()
     assert job.result(timeout=60)[0].stopped
     assert job.status == "stopped"
@@ -210,6 +212,8 @@ def test_wrong_calls_are_refused_before_any_work(
         launch(client, tiny, run=str(tmp_path / "nowhere"), resume=True)
     with pytest.raises(ClusterError, match="n_workers is 0"):
         start(0)
+    with pytest.raises(ParameterError, match=r"min_workers is 0, .* at least 1, 0 and 0"):
+        launch(client, tiny, min_workers=0)
 
 
 def test_nothing_listens_beyond_this_machine(client: Client, tiny: TrainingParameters) -> None:
@@ -244,6 +248,12 @@ def test_gpus_are_shared_out(
     seen: list[list[str]], local_ranks: list[int], indices: list[int], backend: str
 ) -> None:
     assert pick_gpus(seen, local_ranks) == (indices, backend)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ClusterError, match="device is 'cuda', but this machine shows no GPU"):
+        start(device="cuda")
 
 
 def test_where_no_scheduler_listens() -> None:

@@ -71,6 +71,10 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                if self.path not in server.files:
+                    server.ranges.append(None)
+                    self.send_error(404)
+                    return
                 data = server.files[self.path]
                 asked = self.headers["Range"]
                 server.ranges.append(asked)
@@ -329,6 +333,25 @@ def test_what_a_killed_fetch_has_left_goes(server: Server) -> None:
 def test_a_server_that_knows_no_ranges(server: Server) -> None:
     server.knows_ranges, server.cut_after = False, [1000]
     assert main(FETCH) == 0
+
+
+def test_what_is_no_longer_there_is_asked_for_once(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = entry_of(server)
+    entry["archives"]["images"]["url"] += ".old"
+    monkeypatch.setattr(manifest, "sources", lambda: {"dogs": entry})
+    assert main(FETCH) == 2
+    assert "images.tar.old cannot be fetched: HTTP Error 404" in capsys.readouterr().err
+    assert server.ranges == [None]
+
+
+def test_more_than_there_should_be_is_fetched_anew(server: Server) -> None:
+    part = downloading.fetched_folder("dogs").parent / "images.tar.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(server.files["/images.tar"] + b"more")
+    assert main(FETCH) == 0
+    assert server.ranges == [None]
 
 
 def test_another_file_is_not_unpacked(

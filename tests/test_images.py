@@ -4,6 +4,7 @@ import pickle
 import socket
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from obstore.store import MemoryStore
@@ -225,6 +226,12 @@ def test_where_no_s3_server_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"anon": True, "endpoint_url": f"http://127.0.0.1:{closed}"}
     with pytest.raises(SourceError, match=r"cannot be read.*check the address, the network"):
         prepare_images("s3://bucket/dogs", 16, storage_options=options)
+
+
+def test_a_file_is_no_folder_of_images() -> None:
+    fsspec.filesystem("memory").pipe_file("/a-file/dog.png", b"")
+    with pytest.raises(SourceError, match="is a file, not a folder: name its folder"):
+        prepare_images("memory://a-file/dog.png", 16)
 
 
 def test_only_arrays_are_unpickled() -> None:

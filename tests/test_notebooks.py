@@ -269,16 +269,21 @@ def test_a_wrong_profile_ends_in_one_sentence(
         assert word in sentence[0]
 
 
-def test_other_wrong_calls_are_refused() -> None:
+def test_other_wrong_calls_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match=r"no profile 'quik'.*quick"):
         read_profile("quik")
+    for content, words in (("a: [", "is not YAML"), ("- a", "holds no `name: value` lines")):
+        (tmp_path / "wrong.yaml").write_text(content)
+        with pytest.raises(ParameterError, match=words):
+            read_profile(str(tmp_path / "wrong.yaml"))
     with pytest.raises(ParameterError, match=r"no notebook '09'.*01_data"):
         full_names(["09"])
     # A notebook of its own is not given what it does not have.
     with pytest.raises(ParameterError, match="no parameter 'lr_g'"):
         series_values(["02_models"], {}, {"lr_g": "0.1"})
-    with pytest.raises(ParameterError, match="n_workers is -2"):
-        series_values(NAMES, {}, {"n_workers": "-2"})
+    for name in ("n_workers", "short_steps"):
+        with pytest.raises(ParameterError, match=f"{name} is -2"):
+            series_values(NAMES, {}, {name: "-2"})
 
 
 def test_the_command_line_speaks_the_types_of_the_notebooks() -> None:

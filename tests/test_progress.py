@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gan_lib.base.progress import ProgressBar, time_left
+from gan_lib.base.progress import HEADLESS_VARIABLE, ProgressBar, time_left
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,17 @@ def test_it_is_told_once_and_at_the_measured_rate(capsys: pytest.CaptureFixture[
         bar.update(1, at=200.0)
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert notes == ["note: the 9,996 steps to come take about 6 hours, at 2 s each"]
+
+
+def test_a_person_is_drawn_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(HEADLESS_VARIABLE)
+    with ProgressBar(2, "training", "step") as bar:
+        bar.note("slow")
+        bar.update(2, "loss_d 1.2")
+    said = capsys.readouterr().out
+    assert "note: slow\n" in said
+    assert "training: 100%" in said
+    assert "2/2" in said
+    assert "loss_d 1.2" in said

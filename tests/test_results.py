@@ -22,6 +22,7 @@ from gan_lib.jobs.launching import launch
 from gan_lib.jobs.results_handler import DaskResultsHandler
 from gan_lib.parameters import TrainingParameters
 from gan_lib.practice.photographs import make_photographs
+from gan_lib.results import watching
 from gan_lib.results.files import LOSSES
 from gan_lib.results.pictures import image_grid
 from gan_lib.results.reading import RunStatus
@@ -314,3 +315,23 @@ def test_grid_lays_images_in_rows() -> None:
     grid = image_grid(images, columns=3)
     assert grid.shape == (4, 6, 1)
     assert grid[::2, ::2, 0].tolist() == [[0, 1, 2], [3, 4, 0]]
+
+
+def test_who_watches_is_told_how_it_ended(
+    tiny: TrainingParameters,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(watching, "SECONDS_WITHOUT_A_SIGN", 0)
+    place = str(tmp_path / "run")
+    create_run(place, tiny)
+    writer = RunWriter(place)
+    for state, words in (
+        ("waiting", "has given no sign of life for 0 s"),
+        ("failed", "the run has failed: no disk"),
+        ("interrupted", "the run was interrupted: resume(client) goes on"),
+    ):
+        writer.set_status(state, error="no disk")
+        open_run(place).watch()
+        assert words in capsys.readouterr().out
