@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from gan_lib.base.errors import RunError
-from gan_lib.results.plots import _figure
+from gan_lib.data.image_set import ImageSet
+from gan_lib.quality.novelty import NearestImages
+from gan_lib.results.pictures import image_grid
+from gan_lib.results.plots import _figure, _show
 from gan_lib.results.quality import best_epoch
 from gan_lib.results.run import Run
 
@@ -40,4 +44,23 @@ def plot_quality(run: Run, network: str = "") -> Figure:
     axes.set(title=title, xlabel="epoch", ylabel="KID: lower is better")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
+    return figure
+
+
+def plot_nearest(
+    found: NearestImages, generated: np.ndarray, images: ImageSet, n: int = 8
+) -> Figure:
+    """The most suspicious generated images, and below each the training image nearest to it.
+
+    Args:
+        found: what `nearest_training_images` found.
+        generated: that it was given.
+        images: that it was given.
+        n: so many pairs.
+    """
+    pairs = generated[found.generated[:n]], images.pixels[found.real[:n]]
+    figure, axes = _figure(figsize=(1.2 * n, 3.0))
+    _show(axes, image_grid(np.concatenate(pairs), columns=len(pairs[0])), "")
+    sentence = str(found).replace(": ", ":\n", 1).replace("; ", ";\n")
+    axes.set_title(f"generated, and the nearest training image below\n{sentence}", fontsize=8)
     return figure
