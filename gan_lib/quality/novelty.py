@@ -2,8 +2,10 @@
 
 A network that has learnt its images by heart draws them again, and every score calls that
 perfect. Who is new has no one nearest image, but several that are about as near; what is
-remembered is much nearer to one of them than to any other, however noisy it is drawn. How much
-nearer real images are to one other by chance is measured on themselves, each as if it were new.
+remembered is much nearer to one of them than to any other. How much nearer real images are to
+one other by chance is measured on themselves, each as if it were new. That finds copies with
+little noise; what a small generator draws from memory with much noise, of few images that are
+alike, it takes for new: so look at the pairs, too.
 (Carlini et al. 2023, arXiv:2301.13188, section 4, compare an image with its neighbours likewise.)
 """
 
