@@ -1,11 +1,14 @@
-"""Draws the README's pictures from a run: python docs/pictures.py RUN
+"""Draws the README's pictures from runs.
+
+    python docs/pictures.py RUN                    # silhouettes: the run of `make tutorial`
+    python docs/pictures.py --dogs RUN ARTICLE     # photographs: runs of benchmarks/recipes.py
 
 RUN is the run directory that `make tutorial` prints at its end.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +16,22 @@ import numpy as np
 from gan_lib.data.image_set import evenly_spread
 from gan_lib.data.images import prepare_images
 from gan_lib.results import plots
+from gan_lib.results.pictures import image_grid, png_bytes
+from gan_lib.results.quality_plots import plot_quality
 from gan_lib.results.run import open_run
 
 HERE = Path(__file__).parent
 FRAMES = 24
+ROWS, COLUMNS = 6, 16
 
 
-def main(url: str) -> None:
+def silhouettes(url: str) -> None:
+    """Real and generated ones, the losses, and how the pictures came about."""
     run = open_run(url)
     p = run.parameters
     real = prepare_images(p.source, p.image_size, p.channels, p.crop, p.max_images).pixels
     some = real[np.random.default_rng(0).choice(len(real), 64, replace=False)]
-    side_by_side = plots.plot_real_and_generated(some, run.generate(64))
+    side_by_side = plots.plot_real_and_generated(some, run.generate(64, "best"))
     side_by_side.savefig(HERE / "real_and_generated.png", dpi=70)
     records = run.records()
     plots.plot_losses(records, smooth=25).savefig(HERE / "losses.png", dpi=70)
@@ -36,5 +43,21 @@ def main(url: str) -> None:
     (HERE / "epochs.gif").write_bytes(plots.gif_bytes(frames, width=128))
 
 
+def dogs(url: str, article: str) -> None:
+    """A wall of generated photographs, the article's beside it, and the measure by epoch."""
+    for name, place in (("dogs", url), ("dogs_article", article)):
+        wall = image_grid(open_run(place).generate(ROWS * COLUMNS, "best", seed=2), COLUMNS)
+        larger = wall.repeat(2, axis=0).repeat(2, axis=1)
+        (HERE / f"{name}.png").write_bytes(png_bytes(larger))
+    plot_quality(open_run(url)).savefig(HERE / "quality.png", dpi=70)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", nargs="?")
+    parser.add_argument("--dogs", nargs=2)
+    told = parser.parse_args()
+    if told.run:
+        silhouettes(told.run)
+    if told.dogs:
+        dogs(*told.dogs)
