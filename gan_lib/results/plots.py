@@ -152,9 +152,7 @@ def plot_losses(
     found = sorted(chosen["epoch"].unique())
     span = f"epoch {found[0]}" if len(found) == 1 else f"epochs {found[0]} to {found[-1]}"
     over = f", mean over {smooth} records" if smooth > 1 else ""
-    axes.set(
-        title=f"losses, {span}{over}", xlabel="iteration", ylabel="loss (binary cross-entropy)"
-    )
+    axes.set(title=f"losses, {span}{over}", xlabel="iteration", ylabel="loss")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
