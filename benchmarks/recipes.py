@@ -35,13 +35,13 @@ from gan_lib.training.rank import train_gan
 ALL: dict[str, Any] = {
     "ema_images": 20_000,
     "real_label": 0.9,
-    "conditional": True,
     "lr_d": 4e-4,
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "article": {},
     "moving average": {"ema_images": 20_000},
     "real_label 0.9": {"real_label": 0.9},
+    "lr_d 4e-4": {"lr_d": 4e-4},
     "classes": {"conditional": True},
     "augmentation": {"augment": "translation,cutout,color"},
     "relativistic": {"loss": "relativistic"},
