@@ -36,6 +36,8 @@ def settings() -> dict[str, Any]:
     }
 
 
+# Alone: after it, a cluster that other tests share no longer answers new clients.
+@pytest.mark.long
 def test_workers_that_come_later_are_given_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
