@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -36,8 +37,6 @@ def settings() -> dict[str, Any]:
     }
 
 
-# Alone: after it, a cluster that other tests share no longer answers new clients.
-@pytest.mark.long
 def test_workers_that_come_later_are_given_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
@@ -75,6 +74,16 @@ def test_only_who_started_a_cluster_may_use_it(client: Client) -> None:
             connect(listens.replace("tls://", "tcp://"))
         with pytest.raises(ClusterError, match="no Dask scheduler answers"):
             connect(listens, security=Security.temporary())
+
+
+def test_what_is_left_of_a_failed_client_is_in_nobodys_way(client: Client) -> None:
+    address = client.scheduler.address
+    for _ in range(3):
+        with pytest.raises(ClusterError, match="wants certificates"):
+            connect(address)
+        # Whatever memory is collected, and whenever: no client that failed is still open.
+        left = [one for one in gc.get_objects() if issubclass(type(one), Client)]
+        assert {one.status for one in left} <= {"running", "closed"}
 
 
 def test_what_listens_and_never_answers(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

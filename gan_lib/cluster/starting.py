@@ -94,7 +94,7 @@ def connect(address: str, n_workers: int = 1, security: Security | None = None) 
         # Dask waits for ever for what listens and is no scheduler, such as a dashboard: then
         # nobody should get that client by default, either.
         client = in_thread(
-            lambda: Client(
+            lambda: _Joining(
                 address, timeout=SECONDS_TO_CONNECT, security=security, set_as_default=False
             )
         ).result(2 * SECONDS_TO_CONNECT)
@@ -130,6 +130,21 @@ def close_cluster(client: Client) -> None:
     client.close()
     if isinstance(cluster, OwnCluster):
         cluster.close()
+
+
+class _Joining(Client):
+    """A client that is closed at once if it cannot start.
+
+    Dask closes it when its memory is collected. If that happens while another client starts,
+    which may be at any moment, both wait for one lock, and so does every client after them.
+    """
+
+    def start(self, **named: Any) -> None:
+        try:
+            super().start(**named)
+        except BaseException:
+            self.close()
+            raise
 
 
 class _TrainingNanny(Nanny):
