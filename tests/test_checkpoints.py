@@ -184,6 +184,7 @@ def test_two_clusters_do_not_write_into_one_run(tmp_path: Path, tiny: TrainingPa
     with pytest.raises(RunError, match="another job goes on"):
         sleeper.keep_epoch(training, [], last=False)
         sleeper.close()
+    sleeper.fail(RunError())
     other.close()
     assert (tmp_path / "run" / "records" / "epoch_0001.jsonl").read_bytes() == before
 

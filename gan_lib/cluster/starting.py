@@ -141,7 +141,7 @@ class _Joining(Client):
 
     def start(self, **named: Any) -> None:
         try:
-            super().start(**named)
+            super().start(**named)  # type: ignore[no-untyped-call]  # it has no types
         except BaseException:
             self.close()
             raise
