@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from distributed import Client
+from gradients import gradients
 from torch import Tensor, nn
 
 from gan_lib.base.errors import ParameterError
 from gan_lib.data.image_set import ImageSet
-from gan_lib.gan.augmentation import NUMBERS, Look, augment, numbers_for
+from gan_lib.gan.augmentation import Look, augment, numbers_for
 from gan_lib.gan.averaging import MovingAverage
 from gan_lib.gan.drawing import generate_images, latent_vectors
 from gan_lib.gan.losses import (
@@ -25,12 +26,11 @@ from gan_lib.gan.losses import (
     loss_on_real,
 )
 from gan_lib.gan.models import Discriminator, Generator
-from gan_lib.gan.steps import FAKE, REAL, Lesson, discriminator_step, generator_step, r1_penalty
+from gan_lib.gan.steps import FAKE, REAL, Lesson, r1_penalty
 from gan_lib.jobs.launching import run_ranks
-from gan_lib.parameters import TrainingParameters
+from gan_lib.parameters import CHANGES, TrainingParameters
 from gan_lib.results.run import open_run
 from gan_lib.training.rank import train_gan
-from gan_lib.training.ranks import distribute
 
 EVERYTHING = {
     "loss": "relativistic",
@@ -109,7 +109,7 @@ def test_images_come_through_a_discriminator_without_batchnorm(norm: str) -> Non
     assert (d(light) - d(dark)).abs().item() > 0.001
 
 
-@pytest.mark.parametrize("name", list(NUMBERS))
+@pytest.mark.parametrize("name", CHANGES)
 def test_each_image_is_changed_in_its_own_way_and_gradients_pass(name: str) -> None:
     image = torch.rand(1, 3, 16, 16) * 2 - 1
     images = image.repeat(8, 1, 1, 1).requires_grad_(True)
@@ -217,72 +217,18 @@ def test_resume_is_bit_identical_with_everything(
             assert torch.equal(value, other[network][name]), (network, name)
 
 
-def _without_batchnorm(module: nn.Module) -> nn.Module:
-    """BatchNorm's statistics are those of a rank's own share: without it, ranks must agree."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, nn.Identity())
-        else:
-            _without_batchnorm(child)
-    return module
-
-
-def gradients_with(part: dict[str, object], batch: int) -> list[Tensor]:
-    """The gradients of both steps at one global batch, from this rank's share of it."""
-    import torch.distributed as dist
-
-    from gan_lib.gan.models import discriminator_of, generator_of
-
-    told = {"image_size": 16, "channels": 3, "nz": 8, "ngf": 4, "ndf": 4, "real_label": 0.9}
-    p = TrainingParameters(**told, **part)
-    alone = not dist.is_initialized()
-    rank, world_size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
-    torch.manual_seed(0)
-    g = _without_batchnorm(generator_of(p, {"pug": 3, "collie": 5})).double()
-    d = _without_batchnorm(discriminator_of(p, 2)).double()
-    for module in (g, d) if p.d_norm == "batch" else (g,):
-        for weight in module.parameters():
-            weight.data.mul_(
-                10
-            )  # at DCGAN's small weights, without BatchNorm, nothing gets through
-    real = torch.rand(batch, 3, 16, 16, dtype=torch.float64) * 2 - 1
-    labels = torch.arange(batch) % 2
-    z = latent_vectors(batch, 8, seed=1).double()
-    if not alone:
-        g, d = distribute(g), distribute(d)
-    mine = torch.arange(batch).tensor_split(world_size)[rank]
-    lesson = Lesson(
-        loss=p.loss,
-        real_label=p.real_label,
-        r1=p.r1 * p.r1_every,
-        labels=labels[mine] if p.conditional else None,
-        look=Look(p, 3, slice(int(mine[0]), int(mine[-1]) + 1), batch, rank),
-        weight=len(mine) * world_size / batch,
-    )
-    # A learning rate of 0: the gradients stay, the weights too.
-    optimizer_g, optimizer_d = (torch.optim.SGD(m.parameters(), lr=0.0) for m in (g, d))
-    fake = g(z[mine], *lesson.given)
-    discriminator_step(d, optimizer_d, real[mine], fake, lesson)
-    found = [p.grad.clone() for p in d.parameters()]
-    generator_step(d, optimizer_g, real[mine], fake, lesson)
-    return found + [p.grad.clone() for p in g.parameters()]
+def gradients_of_parts(parts: dict[str, dict[str, object]], batch: int) -> dict[str, list[Tensor]]:
+    return {name: gradients({"real_label": 0.9} | part, batch) for name, part in parts.items()}
 
 
 def test_two_ranks_have_the_gradient_of_one_with_every_part(client: Client) -> None:
-    def all_parts() -> dict[str, list[Tensor]]:
-        return {name: gradients_with(part, batch=7) for name, part in PARTS.items()}
-
-    alone = all_parts()
-    first, second = run_ranks(client, every_part, parts=PARTS, batch=7)
+    alone = gradients_of_parts(PARTS, batch=7)
+    first, second = run_ranks(client, gradients_of_parts, parts=PARTS, batch=7)
     for name in PARTS:
         for one, a, b in zip(alone[name], first[name], second[name], strict=True):
             assert one.abs().max() > 1e-9, name
             assert torch.equal(a, b), name
             torch.testing.assert_close(a, one, rtol=1e-4, atol=1e-8, msg=name)
-
-
-def every_part(parts: dict[str, dict[str, object]], batch: int) -> dict[str, list[Tensor]]:
-    return {name: gradients_with(part, batch) for name, part in parts.items()}
 
 
 def replicas(parameters: dict[str, object], images: ImageSet) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import Client
+from gradients import gradients
 from PIL import Image
 from torch import nn
 
@@ -16,7 +17,6 @@ from gan_lib.base.errors import DivergenceError, ParameterError, RunError
 from gan_lib.data.batches import Batch, Batches
 from gan_lib.data.image_set import ImageSet
 from gan_lib.data.images import prepare_images
-from gan_lib.gan.drawing import latent_vectors
 from gan_lib.gan.losses import gan_loss
 from gan_lib.gan.models import Discriminator, Generator
 from gan_lib.gan.steps import Lesson, discriminator_step, generator_step
@@ -25,7 +25,7 @@ from gan_lib.parameters import TrainingParameters
 from gan_lib.results.run import open_run
 from gan_lib.training import background, ranks
 from gan_lib.training.rank import train_gan
-from gan_lib.training.ranks import Ranks, distribute, speed_of_bfloat16
+from gan_lib.training.ranks import Ranks, speed_of_bfloat16
 from gan_lib.training.stopwatch import Stopwatch
 
 
@@ -86,48 +86,10 @@ def _weights(module: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in module.parameters()]).clone()
 
 
-def _without_batchnorm(module: nn.Module) -> nn.Module:
-    """BatchNorm's statistics are those of a rank's own share: without it, ranks must agree."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, nn.Identity())
-        else:
-            _without_batchnorm(child)
-    return module
-
-
-def gradients_of_one_batch(batch: int) -> list[torch.Tensor]:
-    """The gradients of both steps at one global batch, from this rank's share of it."""
-    import torch.distributed as dist
-
-    alone = not dist.is_initialized()
-    rank, world_size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
-    torch.manual_seed(0)
-    g = _without_batchnorm(Generator(16, 1, nz=8, ngf=4)).double()
-    d = _without_batchnorm(Discriminator(16, 1, ndf=4)).double()
-    for module in (g, d):
-        for p in module.parameters():
-            p.data.mul_(10)  # at DCGAN's small weights, and without BatchNorm, nothing gets through
-    real = torch.randn(batch, 1, 16, 16, dtype=torch.float64)
-    z = latent_vectors(batch, 8, seed=1).double()
-    if not alone:
-        g, d = distribute(g), distribute(d)
-    mine = torch.arange(batch).tensor_split(world_size)[rank]
-    weight = len(mine) * world_size / batch
-    # A learning rate of 0: the gradients stay, the weights too.
-    optimizer_g, optimizer_d = (torch.optim.SGD(m.parameters(), lr=0.0) for m in (g, d))
-    lesson = Lesson(weight=weight)
-    fake = g(z[mine])
-    discriminator_step(d, optimizer_d, real[mine], fake, lesson)
-    found = [p.grad.clone() for p in d.parameters()]
-    generator_step(d, optimizer_g, real[mine], fake, lesson)
-    return found + [p.grad.clone() for p in g.parameters()]
-
-
 @pytest.mark.parametrize("batch", [8, 7])
 def test_two_ranks_have_the_gradient_of_one(client: Client, batch: int) -> None:
-    alone = gradients_of_one_batch(batch)
-    first, second = run_ranks(client, gradients_of_one_batch, batch=batch)
+    alone = gradients({}, batch)
+    first, second = run_ranks(client, gradients, part={}, batch=batch)
     assert min(g.abs().max() for g in alone) > 1e-4
     for one, a, b in zip(alone, first, second, strict=True):
         assert torch.equal(a, b)

@@ -19,9 +19,6 @@ from gan_lib.base.seeds import AUGMENTATION, COLOURS, PIXEL_NOISE, stream_seed
 from gan_lib.data.pixels import jitter_colours
 from gan_lib.parameters import TrainingParameters
 
-# How many random numbers each change takes for an image.
-NUMBERS = {"translation": 2, "cutout": 2, "color": 3}
-
 
 @dataclass(frozen=True)
 class Look:
@@ -68,7 +65,7 @@ class Look:
 def numbers_for(policy: Sequence[str], n: int, seed: int) -> Tensor:
     """Random numbers between 0 and 1 for `n` images, n x (how many the policy takes)."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(n, sum(NUMBERS[name] for name in policy), generator=generator)
+    return torch.rand(n, sum(_CHANGES[name][0] for name in policy), generator=generator)
 
 
 def augment(images: Tensor, policy: Sequence[str], numbers: Tensor) -> Tensor:
@@ -79,9 +76,9 @@ def augment(images: Tensor, policy: Sequence[str], numbers: Tensor) -> Tensor:
         policy: what to change: "translation", "cutout", "color".
         numbers: n x k, see `numbers_for`: equal numbers, equal changes.
     """
-    counts = [NUMBERS[name] for name in policy]
-    for name, u in zip(policy, numbers.to(images.device).split(counts, dim=1), strict=True):
-        images = _CHANGES[name](images, u)
+    counts, changes = zip(*(_CHANGES[name] for name in policy), strict=True)
+    for change, u in zip(changes, numbers.to(images.device).split(counts, dim=1), strict=True):
+        images = change(images, u)
     return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -126,8 +123,9 @@ def _whole(u: Tensor, low: int, high: int) -> Tensor:
     return (u * (high - low + 1)).long() + low
 
 
-_CHANGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "translation": _translation,
-    "cutout": _cutout,
-    "color": _color,
+# By its name in `augment`: how many random numbers a change takes for an image, and what it does.
+_CHANGES: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {
+    "translation": (2, _translation),
+    "cutout": (2, _cutout),
+    "color": (3, _color),
 }

@@ -60,16 +60,16 @@ def plot_images(
         grid = image_grid(images, columns)
         rows, wide = grid.shape[0] // images.shape[1], grid.shape[1] // images.shape[2]
         size = (max(wide * INCHES_PER_IMAGE, 3.0), max(rows * INCHES_PER_IMAGE, 0.7) + 0.4)
-        figure, axes = _figure(figsize=size)
-        _show(axes, grid, title)
+        figure, axes = new_figure(figsize=size)
+        show_picture(axes, grid, title)
         return figure
     columns = columns or min(len(images), 8)
     rows = -(-len(images) // columns)
-    figure, grid_axes = _figure(rows, columns, figsize=(1.5 * columns, 1.8 * rows + 0.4))
+    figure, grid_axes = new_figure(rows, columns, figsize=(1.5 * columns, 1.8 * rows + 0.4))
     for i, axes in enumerate(np.ravel(grid_axes)):
         axes.axis("off")
         if i < len(images):
-            _show(axes, images[i], labels[i], fontsize=8)
+            show_picture(axes, images[i], labels[i], fontsize=8)
     figure.suptitle(title)
     return figure
 
@@ -77,16 +77,16 @@ def plot_images(
 def plot_real_and_generated(real: np.ndarray, generated: np.ndarray) -> Figure:
     """Real images on the left, as many generated ones on the right: uint8, N x H x W x C."""
     n = min(len(real), len(generated))
-    figure, (left, right) = _figure(1, 2, figsize=(11, 5.8))
-    _show(left, image_grid(real[:n]), "real images")
-    _show(right, image_grid(generated[:n]), "generated images")
+    figure, (left, right) = new_figure(1, 2, figsize=(11, 5.8))
+    show_picture(left, image_grid(real[:n]), "real images")
+    show_picture(right, image_grid(generated[:n]), "generated images")
     return figure
 
 
 def plot_images_per_class(images: ImageSet) -> Figure:
     """How many images each class has."""
     counts = images.images_per_class()
-    figure, axes = _figure(figsize=(max(4.0, 0.12 * len(counts) + 3), 3.2))
+    figure, axes = new_figure(figsize=(max(4.0, 0.12 * len(counts) + 3), 3.2))
     axes.bar(range(len(counts)), list(counts.values()))
     if len(counts) <= 20:
         axes.set_xticks(range(len(counts)), list(counts), rotation=30, ha="right")
@@ -96,7 +96,7 @@ def plot_images_per_class(images: ImageSet) -> Figure:
 
 def plot_pixel_values(images: np.ndarray) -> Figure:
     """Histograms of the same pixels before and after normalisation: uint8, N x H x W x C."""
-    figure, (left, right) = _figure(1, 2, figsize=(10, 3.2))
+    figure, (left, right) = new_figure(1, 2, figsize=(10, 3.2))
     left.hist(images.ravel(), bins=64, range=(0, 255), density=True)
     left.set(title="as stored: uint8", xlabel="pixel value", ylabel="density")
     right.hist(images.ravel() / 127.5 - 1.0, bins=64, range=(-1, 1), density=True)
@@ -106,9 +106,9 @@ def plot_pixel_values(images: np.ndarray) -> Figure:
 
 def plot_without_denormalising(images: np.ndarray) -> Figure:
     """The same images with the normalisation undone, and as they look when one forgets to."""
-    figure, (left, right) = _figure(1, 2, figsize=(9, 4.9))
-    _show(left, image_grid(images), "normalisation undone")
-    _show(right, _forgotten(image_grid(images)), "shown as they leave the generator")
+    figure, (left, right) = new_figure(1, 2, figsize=(9, 4.9))
+    show_picture(left, image_grid(images), "normalisation undone")
+    show_picture(right, _forgotten(image_grid(images)), "shown as they leave the generator")
     return figure
 
 
@@ -124,9 +124,9 @@ def plot_samples(
     """
     kept = run.epochs("samples")
     pictures = run.samples(epochs if epochs is not None else _spread(kept, 4))
-    figure, grid_axes = _figure(1, len(pictures), figsize=(3.6 * len(pictures), 4.1))
+    figure, grid_axes = new_figure(1, len(pictures), figsize=(3.6 * len(pictures), 4.1))
     for axes, (epoch, picture) in zip(np.ravel(grid_axes), pictures.items(), strict=True):
-        _show(axes, picture if denormalise else _forgotten(picture), f"epoch {epoch}")
+        show_picture(axes, picture if denormalise else _forgotten(picture), f"epoch {epoch}")
     what = "normalisation undone" if denormalise else "normalisation not undone"
     figure.suptitle(f"the same latent vectors by epoch, {what}")
     return figure
@@ -146,7 +146,7 @@ def plot_losses(
         smooth: mean over this many records; what it smooths stays visible, pale.
         losses: which.
     """
-    figure, axes = _figure(figsize=(9, 4))
+    figure, axes = new_figure(figsize=(9, 4))
     chosen = records if epochs is None else records[records["epoch"].isin(list(epochs))]
     _draw_losses(axes, chosen, smooth, losses)
     found = sorted(chosen["epoch"].unique())
@@ -167,7 +167,7 @@ def plot_comparison(
         loss: which.
         smooth: mean over this many records.
     """
-    figure, axes = _figure(figsize=(9, 4))
+    figure, axes = new_figure(figsize=(9, 4))
     for name, table in records.items():
         axes.plot(table["iteration"], _smoothed(table[loss], smooth), label=name)
     axes.set(title=f"loss of the {LOSS_LABELS[loss]}", xlabel="iteration", ylabel="loss")
@@ -177,7 +177,7 @@ def plot_comparison(
 
 def plot_bars(values: Mapping[str, float], title: str, unit: str) -> Figure:
     """A bar for each name, with its value on it; by powers of ten if they differ hundredfold."""
-    figure, axes = _figure(figsize=(1.5 + 1.6 * len(values), 3.4))
+    figure, axes = new_figure(figsize=(1.5 + 1.6 * len(values), 3.4))
     bars = axes.bar(list(values), list(values.values()), width=0.6)
     axes.bar_label(bars, fmt="{:,.0f}")
     axes.margins(y=0.15)
@@ -193,7 +193,7 @@ def plot_bars(values: Mapping[str, float], title: str, unit: str) -> Figure:
 
 def plot_curves(tables: Mapping[str, pd.DataFrame], unit: str) -> Figure:
     """A panel for each table, by its title: a line for each column, over the index."""
-    figure, panels = _figure(1, len(tables), figsize=(4.6 * len(tables) + 0.4, 3.6))
+    figure, panels = new_figure(1, len(tables), figsize=(4.6 * len(tables) + 0.4, 3.6))
     for axes, (title, table) in zip(np.ravel(panels), tables.items(), strict=True):
         axes.plot(table.index, table, label=list(table))
         axes.set(title=title, xlabel=str(table.index.name), ylabel=unit)
@@ -203,7 +203,7 @@ def plot_curves(tables: Mapping[str, pd.DataFrame], unit: str) -> Figure:
 
 def plot_shares(shares: Sequence[Sequence[np.ndarray]], title: str) -> Figure:
     """Which rank sees which image in which step: `epoch_shares`' result as a map."""
-    figure, axes = _figure(figsize=(9, 3.4))
+    figure, axes = new_figure(figsize=(9, 3.4))
     n_images = sum(len(share) for step in shares for share in step)
     for rank in range(len(shares[0])):
         steps = np.concatenate([np.full(len(step[rank]), i) for i, step in enumerate(shares)])
@@ -217,10 +217,10 @@ def plot_shares(shares: Sequence[Sequence[np.ndarray]], title: str) -> Figure:
 
 def plot_progress(run: Run, records: pd.DataFrame | None = None) -> Figure:
     """Newest samples and all losses so far, side by side; `records` are the run's, if known."""
-    figure, (left, right) = _figure(1, 2, figsize=(11, 4.4), width_ratios=(2, 3))
+    figure, (left, right) = new_figure(1, 2, figsize=(11, 4.4), width_ratios=(2, 3))
     kept = run.epochs("samples")
     if kept:
-        _show(left, run.samples(kept[-1:])[kept[-1]], f"epoch {kept[-1]}")
+        show_picture(left, run.samples(kept[-1:])[kept[-1]], f"epoch {kept[-1]}")
     else:
         left.axis("off")
         left.set_title("no samples yet")
@@ -246,7 +246,7 @@ def animate_samples(run: Run, frames: int = 40, width: int = 256) -> display.Ima
 
 def plot_clock(run: Run) -> Figure:
     """Iterations by the clock; each restart is marked, and leaves a gap."""
-    figure, axes = _figure(figsize=(8, 3.2))
+    figure, axes = new_figure(figsize=(8, 3.2))
     records = run.records()
     started = records["time"].min()
     axes.plot(records["time"] - started, records["iteration"], ".", markersize=3)
@@ -275,7 +275,8 @@ class _PlainFigure(Figure):
         super().draw(renderer)
 
 
-def _figure(*shape: int, figsize: tuple[float, float], **grid: Any) -> tuple[Figure, Any]:
+def new_figure(*shape: int, figsize: tuple[float, float], **grid: Any) -> tuple[Figure, Any]:
+    """A figure and its axes; the cell that ends with it shows it once."""
     figure, axes = plt.subplots(
         *shape, figsize=figsize, layout="constrained", gridspec_kw=grid, FigureClass=_PlainFigure
     )
@@ -284,7 +285,10 @@ def _figure(*shape: int, figsize: tuple[float, float], **grid: Any) -> tuple[Fig
     return figure, axes
 
 
-def _show(axes: Axes, picture: np.ndarray, title: str, fontsize: float | None = None) -> None:
+def show_picture(
+    axes: Axes, picture: np.ndarray, title: str, fontsize: float | None = None
+) -> None:
+    """Draw a picture, uint8, H x W x C, on axes without ticks."""
     grey = picture.shape[-1] == 1
     # Few pixels are shown as squares; many are not worth the moiré.
     interpolation = "nearest" if picture.shape[0] < 256 else "antialiased"

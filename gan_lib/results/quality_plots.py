@@ -9,7 +9,7 @@ from gan_lib.base.errors import RunError
 from gan_lib.data.image_set import ImageSet
 from gan_lib.quality.novelty import NearestImages
 from gan_lib.results.pictures import image_grid
-from gan_lib.results.plots import _figure, _show
+from gan_lib.results.plots import new_figure, show_picture
 from gan_lib.results.quality import best_epoch
 from gan_lib.results.run import Run
 
@@ -27,7 +27,7 @@ def plot_quality(run: Run, network: str = "") -> Figure:
     lines = run.quality(network)
     if not lines:
         raise RunError(f"{run.url} was not measured yet: call measure() on it")
-    figure, axes = _figure(figsize=(8, 3.6))
+    figure, axes = new_figure(figsize=(8, 3.6))
     epochs = [line["epoch"] for line in lines]
     spreads = [line["kid_spread"] for line in lines]
     axes.errorbar(
@@ -59,8 +59,8 @@ def plot_nearest(
         n: so many pairs.
     """
     pairs = generated[found.generated[:n]], images.pixels[found.real[:n]]
-    figure, axes = _figure(figsize=(1.2 * n, 3.0))
-    _show(axes, image_grid(np.concatenate(pairs), columns=len(pairs[0])), "")
+    figure, axes = new_figure(figsize=(1.2 * n, 3.0))
+    show_picture(axes, image_grid(np.concatenate(pairs), columns=len(pairs[0])), "")
     sentence = str(found).replace(": ", ":\n", 1).replace("; ", ";\n")
     axes.set_title(f"generated, and the nearest training image below\n{sentence}", fontsize=8)
     return figure
