@@ -44,12 +44,15 @@ def silhouettes(url: str) -> None:
 
 
 def dogs(url: str, article: str) -> None:
-    """A wall of generated photographs, the article's beside it, and the measure by epoch."""
-    for name, place in (("dogs", url), ("dogs_article", article)):
-        wall = image_grid(open_run(place).generate(ROWS * COLUMNS, "best", seed=2), COLUMNS)
-        larger = wall.repeat(2, axis=0).repeat(2, axis=1)
-        (HERE / f"{name}.png").write_bytes(png_bytes(larger))
-    plot_quality(open_run(url)).savefig(HERE / "quality.png", dpi=70)
+    """A wall of generated photographs; some beside the article's, of equally many images; KID."""
+    run, other = open_run(url), open_run(article)
+    wall = run.generate(ROWS * COLUMNS, "best", seed=2)
+    equal = max(set(run.checkpoints()) & set(other.checkpoints()))
+    both = [one.generate(3 * COLUMNS, equal, seed=2) for one in (run, other)]
+    for name, images in (("dogs", wall), ("dogs_and_article", np.concatenate(both))):
+        grid = image_grid(images, COLUMNS)
+        (HERE / f"{name}.png").write_bytes(png_bytes(grid.repeat(2, axis=0).repeat(2, axis=1)))
+    plot_quality(run).savefig(HERE / "quality.png", dpi=70)
 
 
 if __name__ == "__main__":
