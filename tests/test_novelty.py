@@ -51,7 +51,7 @@ def test_copies_are_remembered(dogs: ImageSet, network: EfficientNetLite0) -> No
     assert (np.diff(found.ratios) >= 0).all()
     surest = found.ratios < found.threshold
     np.testing.assert_array_equal(found.generated[surest], found.real[surest])
-    title = plot_nearest(found, train.pixels[:40], train).axes[0].get_title()
+    title = plot_nearest(found, train.pixels[:40], train).get_suptitle()
     assert "remembered" in title
 
 

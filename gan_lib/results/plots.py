@@ -61,7 +61,7 @@ def plot_images(
         rows, wide = grid.shape[0] // images.shape[1], grid.shape[1] // images.shape[2]
         size = (max(wide * INCHES_PER_IMAGE, 3.0), max(rows * INCHES_PER_IMAGE, 0.7) + 0.4)
         figure, axes = new_figure(figsize=size)
-        show_picture(axes, grid, title)
+        _show(axes, grid, title)
         return figure
     columns = columns or min(len(images), 8)
     rows = -(-len(images) // columns)
@@ -69,7 +69,7 @@ def plot_images(
     for i, axes in enumerate(np.ravel(grid_axes)):
         axes.axis("off")
         if i < len(images):
-            show_picture(axes, images[i], labels[i], fontsize=8)
+            _show(axes, images[i], labels[i], fontsize=8)
     figure.suptitle(title)
     return figure
 
@@ -78,8 +78,8 @@ def plot_real_and_generated(real: np.ndarray, generated: np.ndarray) -> Figure:
     """Real images on the left, as many generated ones on the right: uint8, N x H x W x C."""
     n = min(len(real), len(generated))
     figure, (left, right) = new_figure(1, 2, figsize=(11, 5.8))
-    show_picture(left, image_grid(real[:n]), "real images")
-    show_picture(right, image_grid(generated[:n]), "generated images")
+    _show(left, image_grid(real[:n]), "real images")
+    _show(right, image_grid(generated[:n]), "generated images")
     return figure
 
 
@@ -107,8 +107,8 @@ def plot_pixel_values(images: np.ndarray) -> Figure:
 def plot_without_denormalising(images: np.ndarray) -> Figure:
     """The same images with the normalisation undone, and as they look when one forgets to."""
     figure, (left, right) = new_figure(1, 2, figsize=(9, 4.9))
-    show_picture(left, image_grid(images), "normalisation undone")
-    show_picture(right, _forgotten(image_grid(images)), "shown as they leave the generator")
+    _show(left, image_grid(images), "normalisation undone")
+    _show(right, _forgotten(image_grid(images)), "shown as they leave the generator")
     return figure
 
 
@@ -126,7 +126,7 @@ def plot_samples(
     pictures = run.samples(epochs if epochs is not None else _spread(kept, 4))
     figure, grid_axes = new_figure(1, len(pictures), figsize=(3.6 * len(pictures), 4.1))
     for axes, (epoch, picture) in zip(np.ravel(grid_axes), pictures.items(), strict=True):
-        show_picture(axes, picture if denormalise else _forgotten(picture), f"epoch {epoch}")
+        _show(axes, picture if denormalise else _forgotten(picture), f"epoch {epoch}")
     what = "normalisation undone" if denormalise else "normalisation not undone"
     figure.suptitle(f"the same latent vectors by epoch, {what}")
     return figure
@@ -220,7 +220,7 @@ def plot_progress(run: Run, records: pd.DataFrame | None = None) -> Figure:
     figure, (left, right) = new_figure(1, 2, figsize=(11, 4.4), width_ratios=(2, 3))
     kept = run.epochs("samples")
     if kept:
-        show_picture(left, run.samples(kept[-1:])[kept[-1]], f"epoch {kept[-1]}")
+        _show(left, run.samples(kept[-1:])[kept[-1]], f"epoch {kept[-1]}")
     else:
         left.axis("off")
         left.set_title("no samples yet")
@@ -285,10 +285,7 @@ def new_figure(*shape: int, figsize: tuple[float, float], **grid: Any) -> tuple[
     return figure, axes
 
 
-def show_picture(
-    axes: Axes, picture: np.ndarray, title: str, fontsize: float | None = None
-) -> None:
-    """Draw a picture, uint8, H x W x C, on axes without ticks."""
+def _show(axes: Axes, picture: np.ndarray, title: str, fontsize: float | None = None) -> None:
     grey = picture.shape[-1] == 1
     # Few pixels are shown as squares; many are not worth the moiré.
     interpolation = "nearest" if picture.shape[0] < 256 else "antialiased"

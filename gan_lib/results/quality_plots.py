@@ -8,8 +8,7 @@ from matplotlib.figure import Figure
 from gan_lib.base.errors import RunError
 from gan_lib.data.image_set import ImageSet
 from gan_lib.quality.novelty import NearestImages
-from gan_lib.results.pictures import image_grid
-from gan_lib.results.plots import new_figure, show_picture
+from gan_lib.results.plots import new_figure, plot_images
 from gan_lib.results.quality import best_epoch
 from gan_lib.results.run import Run
 
@@ -58,9 +57,9 @@ def plot_nearest(
         images: that it was given.
         n: so many pairs.
     """
-    pairs = generated[found.generated[:n]], images.pixels[found.real[:n]]
-    figure, axes = new_figure(figsize=(1.2 * n, 3.0))
-    show_picture(axes, image_grid(np.concatenate(pairs), columns=len(pairs[0])), "")
-    sentence = str(found).replace(": ", ":\n", 1).replace("; ", ";\n")
-    axes.set_title(f"generated, and the nearest training image below\n{sentence}", fontsize=8)
-    return figure
+    chosen = found.generated[:n], found.real[:n], found.ratios[:n]
+    pairs = np.concatenate([generated[chosen[0]], images.pixels[chosen[1]]])
+    labels = ["generated"] * len(chosen[0]) + [f"ratio {ratio:.2f}" for ratio in chosen[2]]
+    verdict = str(found).partition(";")[0]
+    title = f"the most suspicious, and the training images nearest to them\n{verdict}"
+    return plot_images(pairs, title, len(chosen[0]), labels)
