@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import signal
+import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dask
@@ -157,6 +161,76 @@ def test_too_few_or_impossible_numbers_of_workers(
         ):
             with pytest.raises(ClusterError, match=f"n_workers is {n}"):
                 call()
+
+
+@pytest.fixture
+def theirs() -> Iterator[LocalCluster]:
+    """A cluster that somebody else made, in this process."""
+    with LocalCluster(
+        n_workers=1, processes=False, protocol="tcp://", dashboard_address=None
+    ) as cluster:
+        yield cluster
+
+
+def test_a_cluster_object_and_a_scheduler_file(
+    theirs: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "scheduler.json"
+    file.write_text(json.dumps(theirs.scheduler.identity()))
+    monkeypatch.chdir(tmp_path)
+    for place in (theirs, file, str(file), "scheduler.json"):
+        client = connect(place)
+        assert client.scheduler.address == theirs.scheduler_address
+        close_cluster(client)
+        assert theirs.status.name == "running"
+    # A notebook is run in a folder of its own.
+    told = check_parameters(["04_distributed_training"], {"address": "scheduler.json"})
+    assert told["address"] == theirs.scheduler_address
+    monkeypatch.setattr(workers, "SECONDS_TO_WAIT_FOR_WORKERS", 0.5)
+    with pytest.raises(ClusterError, match=r"1 workers and 2 are needed: .*cluster\.scale\(2\)"):
+        connect(theirs, 2)
+
+
+def test_what_is_no_cluster_is_told_so(
+    theirs: LocalCluster, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "SECONDS_TO_CONNECT", 1)
+    file = tmp_path / "scheduler.json"
+    with pytest.raises(ClusterError, match=r"no scheduler file .*dask scheduler --scheduler-file"):
+        connect(file)
+    for content in ("", "[1]", "{}", b"\xff"):
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(ClusterError, match=r"scheduler\.json is no file of `dask scheduler"):
+            connect(str(file))
+    with pytest.raises(ClusterError, match="is no file of `dask scheduler"):
+        connect(f"{tmp_path}/")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        gone = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    file.write_text(json.dumps({"address": gone}))
+    with pytest.raises(ClusterError, match=rf"at '{gone}', which is in .*scheduler\.json \("):
+        connect(file)
+    for wrong, named in ((42, "int"), (None, "NoneType"), (client, "Client")):
+        with pytest.raises(ClusterError, match=f"was given a {named}: give the address"):
+            connect(wrong)  # type: ignore[arg-type]
+    theirs.close()
+    with pytest.raises(ClusterError, match="this LocalCluster is closed: start another"):
+        connect(theirs)
+
+
+def test_behind_a_jupyterhub_the_dashboard_is_reached_through_its_proxy(
+    theirs: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "distributed.dashboard.link"
+    theirs.scheduler.services["dashboard"] = SimpleNamespace(port=8787, stop=lambda: None)
+    with dask.config.set({name: dask.config.get(name)}):
+        monkeypatch.setenv("JUPYTERHUB_SERVICE_PREFIX", "/user/ann/")
+        client = connect(theirs)
+        assert client.dashboard_link == "/user/ann/proxy/127.0.0.1:8787/status"
+        close_cluster(client)
+    # What somebody has configured stays.
+    with dask.config.set({name: "elsewhere"}):
+        close_cluster(connect(theirs))
+        assert dask.config.get(name) == "elsewhere"
 
 
 def test_a_closed_client_is_told_so(client: Client, tiny: TrainingParameters) -> None:

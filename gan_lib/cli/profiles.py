@@ -111,8 +111,12 @@ def check_parameters(names: Sequence[str], values: Mapping[str, Any]) -> dict[st
             checked["source"] = resolve_source(checked["source"])
     if together.get("address"):
         # Not at the top: it takes seconds to import, and most runs need no cluster here.
-        from gan_lib.cluster.starting import connect
+        from gan_lib.cluster.starting import connect, scheduler_at
 
+        # A notebook is run in another folder, where a path to a scheduler file leads elsewhere.
+        together["address"] = scheduler_at(together["address"])
+        if "address" in checked:
+            checked["address"] = together["address"]
         connect(together["address"], checked.get("n_workers") or 1).close()
     return checked
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import dask
@@ -13,6 +15,7 @@ import torch
 from dask.system import CPU_COUNT
 from distributed import Client, Nanny, Security
 from distributed.client import ensure_default_client
+from distributed.deploy import Cluster
 
 from gan_lib.base.errors import ClusterError, describe
 from gan_lib.cluster.shipping import ship_package
@@ -48,6 +51,7 @@ def start_cluster(n_workers: int | None = None, device: str = "auto") -> Client:
         # word: there are many of them, and the process that waits for them tells it once.
         sys.exit(1)
     require_some_workers(n_workers)
+    _link_dashboard()
     n_gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cuda" and n_gpus == 0:
         raise ClusterError("device is 'cuda', but this machine shows no GPU: use 'auto' or 'cpu'")
@@ -75,40 +79,52 @@ def start_cluster(n_workers: int | None = None, device: str = "auto") -> Client:
     return Client(cluster)
 
 
-def connect(address: str, n_workers: int = 1, security: Security | None = None) -> Client:
+def connect(
+    address: str | os.PathLike[str] | Cluster,
+    n_workers: int = 1,
+    security: Security | None = None,
+) -> Client:
     """Connect to a Dask scheduler that is already running, and has workers.
 
     Args:
-        address: for example "tcp://10.0.0.1:8786", or "tls://..." for one that encrypts.
+        address: for example "tcp://10.0.0.1:8786", or "tls://..." for one that encrypts; the path
+            of the file that `dask scheduler --scheduler-file PATH` wrote; or any Dask Cluster
+            object (an SLURMCluster, SSHCluster, GatewayCluster, ...), which stays its owner's.
         n_workers: there must be at least so many; those that are starting are waited for.
-        security: certificates, for "tls://"; None takes those of Dask's configuration
-            (`distributed.comm.tls`). They cover what goes through Dask; the ranks of a training
-            talk among themselves (gloo, NCCL) unencrypted.
+        security: certificates, for "tls://"; None takes those of the Cluster object, or of Dask's
+            configuration (`distributed.comm.tls`). They cover what goes through Dask; the ranks
+            of a training talk among themselves (gloo, NCCL) unencrypted.
 
     Raises:
         ClusterError: if nothing answers there, certificates are missing or do not fit, or there
-            are too few workers, or workers that cannot do what training needs.
+            are too few workers, or workers that cannot do what training needs; if the file is not
+            there, or of something else; if the Cluster object is closed.
     """
     require_some_workers(n_workers)
+    _link_dashboard()
+    target = scheduler_at(address)
+    shown = repr(target) if isinstance(target, str) else repr(target.scheduler_address)
+    if target is not address and isinstance(target, str):
+        shown += f", which is in {os.fspath(address)}"  # type: ignore[arg-type]  # a path
     try:
         # Dask waits for ever for what listens and is no scheduler, such as a dashboard: then
         # nobody should get that client by default, either.
         client = in_thread(
             lambda: _Joining(
-                address, timeout=SECONDS_TO_CONNECT, security=security, set_as_default=False
+                target, timeout=SECONDS_TO_CONNECT, security=security, set_as_default=False
             )
         ).result(2 * SECONDS_TO_CONNECT)
     except TypeError as error:
         if "ssl_context" not in str(error):
             raise
         raise ClusterError(
-            f"the scheduler at {address} wants certificates, and there are none: give "
+            f"the scheduler at {shown} wants certificates, and there are none: give "
             "connect(address, security=distributed.Security(tls_ca_file=..., tls_client_cert=..., "
             "tls_client_key=...)), or set distributed.comm.tls in Dask's configuration"
         ) from None
     except (OSError, TimeoutError, ValueError, RuntimeError) as error:
         raise ClusterError(
-            f"no Dask scheduler answers at {address!r} ({describe(error)}): check the address that "
+            f"no Dask scheduler answers at {shown} ({describe(error)}): check the address that "
             "`dask scheduler` printed (tls:// where it encrypts), the certificates, and that this "
             "machine may reach it"
         ) from error
@@ -122,6 +138,46 @@ def connect(address: str, n_workers: int = 1, security: Security | None = None) 
     return client
 
 
+def scheduler_at(address: str | os.PathLike[str] | Cluster) -> str | Cluster:
+    """What Dask's client takes: the address that a scheduler file holds, or what was given.
+
+    Raises:
+        ClusterError: if it is a file that is not there, or of something else; a Cluster object
+            that is closed; or none of all these.
+    """
+    if isinstance(getattr(address, "scheduler_address", None), str):
+        # Not every Cluster is one of distributed's: dask-gateway's are not.
+        state = getattr(getattr(address, "status", ""), "name", "")
+        if state in ("closing", "closed", "failed"):
+            raise ClusterError(f"this {type(address).__name__} is {state}: start another one")
+        if getattr(address, "asynchronous", False):
+            raise ClusterError(
+                f"this {type(address).__name__} is asynchronous: make it without asynchronous=True"
+            )
+        return address  # type: ignore[return-value]  # one like it will do
+    if not isinstance(address, (str, os.PathLike)):
+        raise ClusterError(
+            f"connect was given a {type(address).__name__}: give the address of a scheduler, the "
+            "path of a scheduler file, or a Cluster object"
+        )
+    name = os.fspath(address)
+    if isinstance(address, str) and ("://" in name or not ("/" in name or name.endswith(".json"))):
+        return name
+    try:
+        told = json.loads(Path(name).expanduser().read_text())["address"]
+    except FileNotFoundError:
+        raise ClusterError(
+            f"there is no scheduler file {name}: `dask scheduler --scheduler-file {name}` writes "
+            "it, where this machine and the workers see it"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ClusterError(
+            f"{name} is no file of `dask scheduler --scheduler-file` ({describe(error)}): give "
+            "its path, or the scheduler's address"
+        ) from None
+    return str(told)
+
+
 def close_cluster(client: Client) -> None:
     """Close a client, and the cluster too if `start_cluster` made it."""
     for end in BEFORE_CLOSING:
@@ -130,6 +186,17 @@ def close_cluster(client: Client) -> None:
     client.close()
     if isinstance(cluster, OwnCluster):
         cluster.close()
+
+
+def _link_dashboard() -> None:
+    """Behind a JupyterHub, have links to dashboards go through its jupyter-server-proxy.
+
+    A browser reaches nothing else of the machine on which the notebook runs.
+    """
+    name = "distributed.dashboard.link"
+    server = os.environ.get("JUPYTERHUB_PUBLIC_URL") or os.environ.get("JUPYTERHUB_SERVICE_PREFIX")
+    if server and dask.config.get(name) == "{scheme}://{host}:{port}/status":
+        dask.config.set({name: f"{server.rstrip('/')}/proxy/{{host}}:{{port}}/status"})
 
 
 class _Joining(Client):

@@ -179,10 +179,12 @@ def wait_for_workers(client: Client, wanted: int) -> None:
     while (there := len(ask(client, client.nthreads))) < wanted:
         if time.monotonic() > deadline:
             assert client.scheduler is not None  # it has just answered
+            how = f"`dask worker {client.scheduler.address}`"
+            if client.cluster is not None:
+                how = f"`cluster.scale({wanted})`, then `cluster.wait_for_workers({wanted})`"
             raise ClusterError(
                 f"the cluster has {there or 'no'} workers and {wanted} are needed: start more "
-                f"(`dask worker {client.scheduler.address}`)"
-                + (", or ask for fewer" if there else "")
+                f"({how})" + (", or ask for fewer" if there else "")
             )
         time.sleep(0.1)
 
