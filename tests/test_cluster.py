@@ -5,7 +5,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from gan_lib.base.errors import ClusterError, ParameterError, RunError, SourceEr
 from gan_lib.cluster.shipping import package_checksum
 from gan_lib.cluster.starting import close_cluster, connect
 from gan_lib.cluster.starting import start_cluster as start
+from gan_lib.cluster.workers import Watch, find_places
 from gan_lib.jobs.launching import launch, run_ranks
 from gan_lib.jobs.rank_group import pick_gpus
 from gan_lib.jobs.rank_task import RankTask, work_as_rank
@@ -100,6 +103,34 @@ def test_two_jobs_share_a_cluster(client: Client, tiny: TrainingParameters, tmp_
     # Neither has left a trace in the other.
     both = [job.run.records([1])["loss_d"].tolist() for job in jobs]
     assert both[0] == both[1]
+
+
+def test_of_two_that_look_for_workers_at_once_each_gets_its_own(client: Client) -> None:
+    elsewhere = Client(client.cluster, set_as_default=False)
+    sides = [(client, Watch(client)), (elsewhere, Watch(elsewhere))]
+    for _ in range(10):
+        together = threading.Barrier(2)
+
+        def take(side: tuple[Client, Watch], together: threading.Barrier = together) -> str:
+            together.wait()
+            return find_places(side[0], 1, 1, side[1])[0].worker
+
+        with ThreadPoolExecutor(2) as pool:
+            assert len(set(pool.map(take, sides))) == 2
+        with pytest.raises(ClusterError, match="2 workers, 2 of which train for another job"):
+            find_places(client, 1, 1, Watch(client))
+        # A claim is of as many as are named last; what one has is not refused to oneself.
+        assert len(sides[1][1].alive()) == 2
+        assert sides[1][1].claim([find_places(elsewhere, 1, 1, sides[1][1])[0].worker])
+        sides[0][1].release()
+        (free,) = find_places(client, 1, None, sides[0][1])
+        assert not Watch(client).claim([free.worker])
+        for _, watch in sides:
+            watch.release()
+    # Who goes leaves nothing behind.
+    assert sides[1][1].claim(list(client.nthreads()))
+    elsewhere.close()
+    assert len(find_places(client, 2, None)) == 2
 
 
 def test_no_port_stays_open_after_a_job(client: Client, tiny: TrainingParameters) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from distributed import Client, LocalCluster, Scheduler
 from distributed.comm.addressing import get_address_host
 
 from gan_lib.base.errors import ClusterError, WorkerLostError
+from gan_lib.base.interrupts import interruptible
 
 _T = TypeVar("_T")
 
@@ -28,6 +30,8 @@ SECONDS_OF_SILENCE = 10.0
 SECONDS_TO_ANSWER, SECONDS_TO_THINK = 180.0, 60.0
 # The keys of the tasks that are ranks begin with it.
 RANK_PREFIX = "rank-"
+# Where the scheduler keeps whose each worker is: worker -> client, and a name of its claim.
+CLAIMS = "gan_lib-claims"
 
 
 class OwnCluster(LocalCluster):
@@ -44,38 +48,62 @@ class Place:
     local_rank: int
 
 
-def _signs(dask_scheduler: Scheduler) -> dict[str, tuple[float, bool]]:
-    """On the scheduler: worker -> when it last reported, and whether it is busy as a rank."""
+def _claims(scheduler: Scheduler, owner: str) -> dict[str, tuple[str, str]]:
+    """On the scheduler: claims of others than `owner`, whose clients have not gone."""
+    claims: dict[str, tuple[str, str]] = scheduler.extensions.get(CLAIMS, {})
+    return {
+        worker: (client, name)
+        for worker, (client, name) in claims.items()
+        if name != owner and client in scheduler.clients
+    }
+
+
+def _signs(dask_scheduler: Scheduler, owner: str) -> dict[str, tuple[float, bool]]:
+    """On the scheduler: worker -> when it last reported, and whether it is a rank, or others'."""
+    claimed = _claims(dask_scheduler, owner)
     return {
         address: (
             worker.last_seen,
-            any(str(task.key).startswith(RANK_PREFIX) for task in worker.processing),
+            address in claimed
+            or any(str(task.key).startswith(RANK_PREFIX) for task in worker.processing),
         )
         for address, worker in dask_scheduler.workers.items()
     }
 
 
+def _claim(dask_scheduler: Scheduler, workers: Sequence[str], client: str, owner: str) -> bool:
+    """On the scheduler, which does one thing at a time: make these workers the owner's, and no
+    others; nothing is changed, and False the answer, if one of them is another's."""
+    claims = _claims(dask_scheduler, owner)
+    if claims.keys() & set(workers):
+        return False
+    dask_scheduler.extensions[CLAIMS] = claims | dict.fromkeys(workers, (client, owner))
+    return True
+
+
 class Watch:
-    """Looks after the workers of a cluster, for as long as somebody asks.
+    """Looks after the workers of a cluster, for as long as somebody asks, and claims some.
 
     After `patience` seconds of silence a worker counts no more as alive.
     """
 
     def __init__(self, client: Client, patience: float = SECONDS_OF_SILENCE) -> None:
-        self._client = client
+        self.client = client
         self._patience = patience
+        self._owner = uuid.uuid4().hex
         self._ended: set[str] = set()
         # By worker: when it was last seen, by the scheduler's clock, and since when that has not
         # changed, by ours, which stands still while a laptop sleeps.
         self._seen: dict[str, tuple[float, float]] = {}
 
     def alive(self) -> dict[str, bool]:
-        """The workers that report -> whether each is a rank, or is about to be one.
+        """The workers that report -> whether each is a rank, or is claimed by another watch.
 
         Raises:
             WorkerLostError: if the scheduler does not answer.
         """
-        signs = ask(self._client, lambda: self._client.run_on_scheduler(_signs))
+        question = self.client.run_on_scheduler
+        signs = ask(self.client, lambda: question(_signs, owner=self._owner))
         now = time.monotonic()
         old = self._seen
         self._seen = {
@@ -85,6 +113,26 @@ class Watch:
             for worker, (last_seen, _) in signs.items()
         }
         return {worker: busy for worker, (_, busy) in signs.items() if not self._silent(worker)}
+
+    def claim(self, workers: Sequence[str]) -> bool:
+        """Take these workers, and no others from now on, for one's own: whoever looks for some
+        on this cluster finds them busy, until they are released, or this client is gone.
+
+        Returns:
+            Whether that was done; it is not if somebody else has one of them.
+
+        Raises:
+            WorkerLostError: if the scheduler does not answer.
+        """
+        told = {"workers": workers, "client": self.client.id, "owner": self._owner}
+        # An interrupt waits: whoever gets it then knows what is to be released.
+        with interruptible(threading.Event()):
+            return ask(self.client, lambda: self.client.run_on_scheduler(_claim, **told))
+
+    def release(self) -> None:
+        """Leave what was claimed to others; a client that is closed has done so."""
+        with contextlib.suppress(OSError, ClusterError):
+            self.claim([])
 
     def end_hanging(self, workers: Iterable[str]) -> set[str]:
         """End those of these workers that were silent for too long at the last look.
@@ -99,8 +147,8 @@ class Watch:
             self._ended.update(hanging)
             # Whatever cannot be restarted is left out from now on.
             with contextlib.suppress(Exception):
-                restart = self._client.restart_workers
-                ask(self._client, lambda: restart(hanging, timeout=20, raise_for_error=False))
+                restart = self.client.restart_workers
+                ask(self.client, lambda: restart(hanging, timeout=20, raise_for_error=False))
         return self._ended
 
     def _silent(self, worker: str) -> bool:
@@ -189,24 +237,31 @@ def wait_for_workers(client: Client, wanted: int) -> None:
         time.sleep(0.1)
 
 
-def find_places(client: Client, wanted: int, most: int | None) -> list[Place]:
+def find_places(
+    client: Client, wanted: int, most: int | None, watch: Watch | None = None
+) -> list[Place]:
     """Where the ranks of a new job go: at least `wanted`, at most `most`.
 
-    Where `most` is None it takes all workers that no other job uses.
+    Where `most` is None it takes all workers that no other job uses. They are claimed with
+    `watch`, if there is one: of two jobs that choose at the same time, each gets its own.
 
     Raises:
         ClusterError: if there are too few.
     """
     wait_for_workers(client, wanted)
-    alive = Watch(client).alive()
-    free = [worker for worker, busy in alive.items() if not busy]
-    if len(free) < wanted:
-        raise ClusterError(
-            f"the cluster has {len(alive)} workers, {len(alive) - len(free)} of which train for "
-            f"another job, and {wanted} are needed: wait for that one, stop it, start more "
-            "workers, or ask for fewer"
-        )
-    return assign_places(free, most)
+    looking = watch or Watch(client)
+    while True:
+        alive = looking.alive()
+        free = [worker for worker, busy in alive.items() if not busy]
+        if len(free) < wanted:
+            raise ClusterError(
+                f"the cluster has {len(alive)} workers, {len(alive) - len(free)} of which train "
+                f"for another job, and {wanted} are needed: wait for that one, stop it, start more "
+                "workers, or ask for fewer"
+            )
+        places = assign_places(free, most)
+        if watch is None or watch.claim([place.worker for place in places]):
+            return places
 
 
 def assign_places(workers: Iterable[str], n_workers: int | None) -> list[Place]:

@@ -13,7 +13,7 @@ from typing import Any
 from distributed import Client
 
 from gan_lib.cluster.starting import BEFORE_CLOSING
-from gan_lib.cluster.workers import Place
+from gan_lib.cluster.workers import Place, Watch
 from gan_lib.jobs.supervisor import Plan, Supervisor
 from gan_lib.results.watching import watch_run
 
@@ -33,9 +33,9 @@ class Job:
     """
 
     def __init__(
-        self, client: Client, url: str, plan: Plan, places: list[Place], resume: bool
+        self, watch: Watch, url: str, plan: Plan, places: list[Place], resume: bool
     ) -> None:
-        self._supervisor = Supervisor(client, url, plan, resume)
+        self._supervisor = Supervisor(watch, url, plan, resume)
         self.run = self._supervisor.run
         self.workers = self._supervisor.workers
         self.restarts = self._supervisor.restarts

@@ -14,7 +14,7 @@ from gan_lib.base.errors import ParameterError, RunError, SourceError
 from gan_lib.base.interrupts import exit_on_sigterm, interruptible
 from gan_lib.cluster.reach import failures, require_shared, see
 from gan_lib.cluster.shipping import ship_package
-from gan_lib.cluster.workers import find_places, require_some_workers, wait_for_workers
+from gan_lib.cluster.workers import Watch, find_places, require_some_workers, wait_for_workers
 from gan_lib.data.batches import check_images
 from gan_lib.data.checking import check_source
 from gan_lib.data.image_set import ImageSet
@@ -54,8 +54,9 @@ def launch(
     `prepare_images`), and the ranks have been started. When a worker is lost or hangs, or
     storage cannot be written, the job goes on from the last checkpoint with the workers that
     there are then; a worker that joins is taken in after an epoch. What the user said wrong,
-    and errors of the code, end it. When this process ends (from now on SIGTERM ends it as
-    `sys.exit` does), the job keeps a checkpoint and ends with it.
+    and errors of the code, end it. Its workers are its own for as long as it goes on: no other
+    job takes one of them, whoever launches it. When this process ends (from now on SIGTERM ends
+    it as `sys.exit` does), the job keeps a checkpoint and ends with it.
 
     Args:
         client: of the cluster.
@@ -95,43 +96,46 @@ def launch(
     parameters = parameters.replace(source=resolve_source(parameters.source))
     wait_for_workers(client, max(n_workers or 1, min_workers))
     ship_package(client)
-    places = find_places(client, max(n_workers or 1, min_workers), n_workers)
     url = absolute(run or new_run_url())
-    # All that may be wrong is looked for before anything of the run is written.
-    if resume:
-        refuse_differences(url, open_run(url).parameters, parameters)
-        refuse_impatience(url, parameters)
-    else:
-        refuse_taken(url)
-    require_shared(
-        client,
-        url,
-        PARAMETERS if resume else "",
-        lambda why: RunError(
-            f"the run directory {url} cannot be used {why}. Give a place that workers and client "
-            "share and may write to, such as s3://bucket/run"
-        ),
-    )
-    images = _prepare_on_workers(client, parameters)
-    if images is not None:
-        check_images(images, parameters, resume)
-        if resume and not new_images:
-            refuse_other_images(url, images)
-    prepared = images.prepared if images is not None else ""
-    plan = Plan(
-        parameters, function, n_workers, min_workers, max_restarts, grace, new_images, prepared
-    )
-    job = None
+    watch, job = Watch(client), None
     try:
+        # From here on they are this job's, and others look elsewhere.
+        places = find_places(client, max(n_workers or 1, min_workers), n_workers, watch)
+        # All that may be wrong is looked for before anything of the run is written.
+        if resume:
+            refuse_differences(url, open_run(url).parameters, parameters)
+            refuse_impatience(url, parameters)
+        else:
+            refuse_taken(url)
+        require_shared(
+            client,
+            url,
+            PARAMETERS if resume else "",
+            lambda why: RunError(
+                f"the run directory {url} cannot be used {why}. Give a place that workers and "
+                "client share and may write to, such as s3://bucket/run"
+            ),
+        )
+        images = _prepare_on_workers(client, parameters)
+        if images is not None:
+            check_images(images, parameters, resume)
+            if resume and not new_images:
+                refuse_other_images(url, images)
+        prepared = images.prepared if images is not None else ""
+        plan = Plan(
+            parameters, function, n_workers, min_workers, max_restarts, grace, new_images, prepared
+        )
         # Who reserves a run watches over it: until then, an interrupt waits.
         with interruptible(threading.Event()):
             if not resume:
                 create_run(url, parameters)
-            job = Job(client, url, plan, places, resume)
+            job = Job(watch, url, plan, places, resume)
         job.wait_for_ranks()
     except BaseException:
         if job is not None:
             job.abandon()
+        else:
+            watch.release()
         raise
     return job
 
@@ -162,8 +166,13 @@ def run_ranks(
     """
     require_some_workers(n_workers)
     ship_package(client)
-    places = find_places(client, n_workers or 1, n_workers)
-    return RankGroup(client, start_ranks(client, places, device, function, arguments)).result()
+    watch = Watch(client)
+    try:
+        places = find_places(client, n_workers or 1, n_workers, watch)
+        futures = start_ranks(client, places, device, function, arguments)
+        return RankGroup(client, futures, watch).result()
+    finally:
+        watch.release()
 
 
 def _prepare_on_workers(client: Client, p: TrainingParameters) -> ImageSet | None:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
-from distributed import Client
 from distributed.scheduler import KilledWorker
 
 from gan_lib.base.errors import ClusterError, RunError, UserError, WorkerLostError, describe
@@ -63,7 +62,8 @@ class Plan:
 class Supervisor:
     """Has the workers of a cluster train, in as many attempts as it takes.
 
-    The run directory at `url` becomes its own. What it tells is shown by a `Job`.
+    The run directory at `url` becomes its own, and so do the workers that `watch` has claimed,
+    until it has ended. What it tells is shown by a `Job`.
 
     Attributes:
         name: of the job; what status.json names as the attempt begins with it.
@@ -71,8 +71,8 @@ class Supervisor:
         ended: set when nothing is done any more.
     """
 
-    def __init__(self, client: Client, url: str, plan: Plan, resume: bool) -> None:
-        self.client = client
+    def __init__(self, watch: Watch, url: str, plan: Plan, resume: bool) -> None:
+        self.client = watch.client
         self.name = uuid.uuid4().hex
         self.workers: list[str] = []
         self.restarts: list[str] = []
@@ -82,7 +82,7 @@ class Supervisor:
         self._plan = plan
         self._resume = resume
         self._attempt = self.name
-        self._watch = Watch(client)
+        self._watch = watch
         self._used: set[str] = set()
         # When no worker was free, or wanted, for the last time.
         self._busy_at = time.monotonic()
@@ -130,6 +130,7 @@ class Supervisor:
                 if self.run.status().state != "interrupted":
                     self._say("failed", error=describe(error))
         finally:
+            self._watch.release()
             self.ended.set()
 
     def _try_on(self, places: list[Place]) -> BaseException | None:
@@ -203,13 +204,15 @@ class Supervisor:
         while True:
             waited = time.monotonic() - began
             free: list[str] = []
+            least = plan.min_workers if waited > plan.grace else max(wanted, plan.min_workers)
             # A scheduler that is too busy to answer may answer the next time.
             with contextlib.suppress(OSError, WorkerLostError):
                 free = [worker for worker, busy in self._watch.alive().items() if not busy]
                 self._watch.end_hanging(self._used)
-            least = plan.min_workers if waited > plan.grace else max(wanted, plan.min_workers)
-            if len(free) >= least:
-                return assign_places(free, self._most_ranks())
+                if len(free) >= least:
+                    places = assign_places(free, self._most_ranks())
+                    if self._watch.claim([place.worker for place in places]):
+                        return places
             if self._writer.request():
                 self._say("stopped")
                 self._writer.remove(STOP)
