@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument(
         "--parameters", action="store_true", help="only list what a profile and -p may set"
     )
+    run.add_argument(
+        "--core", action="store_true", help="leave out the asides: what two hours have time for"
+    )
     run.add_argument("--out", help="folder for the executed notebooks; default: a new one")
     add_commands(commands.add_parser("data", help="list, fetch, verify and prepare images"))
     add_measure(commands.add_parser("measure", help="how good a run's pictures are, by epoch"))
@@ -55,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Only now: a mistake should not have to wait for torch to be imported.
         from gan_lib.cli.notebooks import run_notebooks
 
-        done = run_notebooks(names, values, Path(options.profile).stem, options.out)
+        label = Path(options.profile).stem
+        done = run_notebooks(names, values, label, options.out, options.core)
     except NotebookError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -63,6 +63,7 @@ def run_notebooks(
     values: Mapping[str, Any],
     label: str,
     folder: str | None = None,
+    core: bool = False,
 ) -> Executed:
     """Execute notebooks in order; keep each executed one, also when a cell fails.
 
@@ -75,6 +76,7 @@ def run_notebooks(
             notebook is given those that it has.
         label: begins the names of the folders that are made.
         folder: for the executed notebooks; None makes one under `executed/`.
+        core: leave out what a reader may leave out, the cells tagged `aside`.
 
     Raises:
         NotebookError: if a cell fails.
@@ -87,25 +89,32 @@ def run_notebooks(
         values = {**values, "run": run}
     target = Path(folder).resolve() if folder else EXECUTED / label
     (target / "pictures").mkdir(parents=True, exist_ok=True)
+    books = {name: read_notebook(name, core) for name in names}
     # papermill adds a cell with the parameters to each.
-    total = sum(
-        len(nbformat.read(profiles.FOLDER / f"{n}.ipynb", as_version=4).cells) + 1 for n in names
-    )
+    total = sum(len(book.cells) + 1 for book in books.values())
     stop = _Stop()
     # Kernels that are started inside print progress as lines.
     headless = patch.dict(os.environ, {HEADLESS_VARIABLE: "1"})
     with interruptible(stop), headless, _SeriesProgress(total) as progress:
-        for name in names:
+        for name, book in books.items():
             if stop.is_set():
                 break
             progress.begin(name)
             own = notebook_parameters(name)
             told = {k: v for k, v in values.items() if k in own}
             try:
-                _execute(name, told, target, progress, stop)
+                _execute(name, book, told, target, progress, stop)
             finally:
                 _export(target / f"{name}.ipynb")
     return Executed(target, run)
+
+
+def read_notebook(name: str, core: bool = False) -> nbformat.NotebookNode:
+    """A notebook of the series as it is stored, or its core: without the cells tagged `aside`."""
+    book = nbformat.read(profiles.FOLDER / f"{name}.ipynb", as_version=4)
+    if core:
+        book.cells = [c for c in book.cells if "aside" not in c.metadata.get("tags", [])]
+    return book
 
 
 def _place_of_run(names: Sequence[str], values: Mapping[str, Any], label: str) -> str | None:
@@ -127,12 +136,17 @@ def _place_of_run(names: Sequence[str], values: Mapping[str, Any], label: str) -
 
 
 def _execute(
-    name: str, parameters: dict[str, Any], folder: Path, progress: _SeriesProgress, stop: _Stop
+    name: str,
+    book: nbformat.NotebookNode,
+    parameters: dict[str, Any],
+    folder: Path,
+    progress: _SeriesProgress,
+    stop: _Stop,
 ) -> None:
     target = folder / f"{name}.ipynb"
     try:
         papermill.execute_notebook(
-            profiles.FOLDER / f"{name}.ipynb",
+            book,
             target,
             parameters,
             engine_name="gan_lib",
