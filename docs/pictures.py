@@ -16,7 +16,7 @@ import numpy as np
 from gan_lib.data.image_set import evenly_spread
 from gan_lib.data.images import prepare_images
 from gan_lib.results import plots
-from gan_lib.results.pictures import image_grid, png_bytes
+from gan_lib.results.pictures import gif_bytes, image_grid, png_bytes
 from gan_lib.results.quality_plots import plot_quality
 from gan_lib.results.run import open_run
 
@@ -40,7 +40,8 @@ def silhouettes(url: str) -> None:
     # The upper left quarter of the grid: 4 x 4 of its 8 x 8 images.
     corner = 4 * p.image_size
     frames = [picture[:corner, :corner] for picture in run.samples(chosen).values()]
-    (HERE / "epochs.gif").write_bytes(plots.gif_bytes(frames, width=128))
+    names = [f"epoch {epoch}" for epoch in chosen]
+    (HERE / "epochs.gif").write_bytes(gif_bytes(frames, 128, names))
 
 
 def dogs(url: str, article: str) -> None:

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from gan_lib.data.batches import epoch_shares
 from gan_lib.data.image_set import ImageSet
 from gan_lib.gan.drawing import latent_vectors, latent_walk, render
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results import plots
+from gan_lib.results.pictures import cut_apart, image_grid
 from gan_lib.results.run import Run, open_run
 from gan_lib.training.rank import train_gan
 
@@ -32,6 +33,9 @@ def run(tiny: TrainingParameters, tmp_path_factory: pytest.TempPathFactory) -> R
 
 PLOTS: dict[str, Callable[[Run, ImageSet], Any]] = {
     "plot_images": lambda run, images: plots.plot_images(images.pixels[:9], "dogs"),
+    "plot_rows": lambda run, images: plots.plot_rows(
+        {"dogs": images.pixels[:4], "more dogs": images.pixels[4:8]}, "dogs"
+    ),
     "plot_real_and_generated": lambda run, images: plots.plot_real_and_generated(
         images.pixels, run.generate(16)
     ),
@@ -67,13 +71,36 @@ def test_titles_axes_and_legends(name: str, run: Run, silhouettes: ImageSet) -> 
     figure.savefig(io.BytesIO(), format="png")  # it can be drawn
     for axes in figure.axes:
         assert axes.get_title()
-        if axes.axison:
+        # Bars and rows carry their names themselves.
+        if axes.axison and name != "plot_rows":
             assert axes.get_ylabel()
-            # Bars carry their names themselves.
             assert axes.get_xlabel() or name == "plot_bars"
         labelled = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
         if len(labelled) > 1 or len(axes.collections) > 1:
             assert axes.get_legend() is not None
+
+
+def test_images_of_a_wall_stand_apart_and_rows_have_names(silhouettes: ImageSet) -> None:
+    figure = plots.plot_rows({"one": silhouettes.pixels[:3], "two": silhouettes.pixels[3:6]}, "x")
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two"]
+    shown = axes.get_images()[0].get_array()
+    side = silhouettes.pixels.shape[1]
+    np.testing.assert_array_equal(shown[:side, -side:], silhouettes.pixels[2].squeeze(-1))
+    assert (shown[side:-side] == 255).all()
+
+
+def test_samples_are_cut_apart(run: Run) -> None:
+    stored = run.samples([4])[4]
+    images = cut_apart(stored, run.parameters.image_size)
+    np.testing.assert_array_equal(image_grid(images), stored)
+
+
+def test_every_figure_says_what_it_shows(run: Run) -> None:
+    figure = plots.plot_samples(run, [1, 4])
+    _, metadata = figure._repr_mimebundle_()
+    alt = metadata["image/png"]["alt"]
+    assert alt == "the same latent vectors by epoch, normalisation undone; epoch 1; epoch 4"
 
 
 def test_losses_of_the_chosen_epochs_only(run: Run) -> None:
@@ -100,7 +127,10 @@ def test_forgetting_to_denormalise_darkens(silhouettes: ImageSet) -> None:
 def test_animation_of_the_samples(run: Run) -> None:
     gif = Image.open(io.BytesIO(plots.animate_samples(run, frames=3, width=128).data))
     assert gif.n_frames == 3
-    assert gif.size == (128, 128)
+    assert gif.size == (128, 128 + 22)  # and a strip for the number of the epoch
+    strips = [np.asarray(page.convert("L"))[:22] for page in ImageSequence.Iterator(gif)]
+    assert all(strip.min() < 100 for strip in strips)
+    assert not np.array_equal(strips[0], strips[2])
     assert gif.info["loop"] == 0
 
 

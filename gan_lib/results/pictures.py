@@ -6,26 +6,37 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 
-def image_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+def image_grid(images: np.ndarray, columns: int | None = None, gap: int = 0) -> np.ndarray:
     """Lay images side by side.
 
     Args:
         images: N x H x W x C.
         columns: as many as make the grid square, if None.
+        gap: white pixels between them.
 
     Returns:
-        (rows * H) x (columns * W) x C; what is left over is black.
+        (rows * (H + gap) - gap) x (columns * (W + gap) - gap) x C; what is left over is black,
+        or white where there are gaps.
     """
     n, height, width, c = images.shape
     columns = columns or max(1, round(np.sqrt(n)))
     rows = -(-n // columns)
-    full = np.zeros((rows * columns, height, width, c), dtype=images.dtype)
-    full[:n] = images
-    grid = full.reshape(rows, columns, height, width, c).swapaxes(1, 2)
-    return grid.reshape(rows * height, columns * width, c)
+    shape = rows * columns, height + gap, width + gap, c
+    full = np.full(shape, 255 if gap else 0, dtype=images.dtype)
+    full[:n, :height, :width] = images
+    grid = full.reshape(rows, columns, *shape[1:]).swapaxes(1, 2)
+    whole = grid.reshape(rows * shape[1], columns * shape[2], c)
+    return whole[: len(whole) - gap, : whole.shape[1] - gap]
+
+
+def cut_apart(picture: np.ndarray, side: int) -> np.ndarray:
+    """A grid of square images without gaps, H x W x C -> its images, N x side x side x C."""
+    rows, columns = picture.shape[0] // side, picture.shape[1] // side
+    parts = picture.reshape(rows, side, columns, side, -1).swapaxes(1, 2)
+    return parts.reshape(rows * columns, side, side, -1)
 
 
 def png_bytes(picture: np.ndarray) -> bytes:
@@ -49,14 +60,21 @@ def read_png(data: bytes) -> np.ndarray:
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def gif_bytes(frames: np.ndarray | Sequence[np.ndarray], width: int) -> bytes:
-    """A GIF that repeats for ever; each frame is uint8, H x W x C."""
+def gif_bytes(
+    frames: np.ndarray | Sequence[np.ndarray], width: int, names: Sequence[str] = ()
+) -> bytes:
+    """A GIF that repeats for ever; each frame is uint8, H x W x C, with its name above it."""
     scale = max(1, width // frames[0].shape[1])
+    strip, font = (22 if names else 0), ImageFont.load_default(14)
     pages = []
-    for frame in frames:
-        page = Image.fromarray(frame.squeeze(-1) if frame.shape[-1] == 1 else frame)
-        size = (page.width * scale, page.height * scale)
-        pages.append(page.resize(size, Image.Resampling.NEAREST))
+    for i, frame in enumerate(frames):
+        image = Image.fromarray(frame.squeeze(-1) if frame.shape[-1] == 1 else frame)
+        size = (image.width * scale, image.height * scale)
+        page = Image.new(image.mode, (size[0], size[1] + strip), "white")
+        page.paste(image.resize(size, Image.Resampling.NEAREST), (0, strip))
+        if names:
+            ImageDraw.Draw(page).text((3, 2), names[i], fill="black", font=font)
+        pages.append(page)
     # The last frame is the result: let it stand a while.
     times = [120] * (len(pages) - 1) + [1440]
     more, buffer = pages[1:], io.BytesIO()

@@ -1,4 +1,4 @@
-"""How it looks: images, sample grids, loss curves, animations.
+"""How it looks: loss curves, bars, shares; and, from `walls`, images, sample grids, animations.
 
 Every function reads arrays or a run directory and returns a figure (or a GIF)
 that a notebook shows when it is the last line of a cell.
@@ -10,17 +10,22 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
-from gan_lib.data.image_set import ImageSet, evenly_spread
+from gan_lib.data.image_set import ImageSet
+from gan_lib.results.figures import new_figure, show_picture
 from gan_lib.results.files import LOSSES
-from gan_lib.results.pictures import gif_bytes, image_grid
 from gan_lib.results.run import Run
+from gan_lib.results.walls import animate_images as animate_images
+from gan_lib.results.walls import animate_samples as animate_samples
+from gan_lib.results.walls import plot_images as plot_images
+from gan_lib.results.walls import plot_real_and_generated as plot_real_and_generated
+from gan_lib.results.walls import plot_rows as plot_rows
+from gan_lib.results.walls import plot_samples as plot_samples
+from gan_lib.results.walls import plot_without_denormalising as plot_without_denormalising
 
 # Only what a notebook shows needs IPython; training on a cluster does without.
 if TYPE_CHECKING:
@@ -32,9 +37,7 @@ LOSS_LABELS = {
     "loss_d": "discriminator, both",
     "loss_g": "generator",
 }
-LOSS_COLOURS = dict(zip(LOSSES, ("tab:green", "tab:red", "tab:blue", "tab:orange"), strict=True))
-# Small images are shown enlarged, so that a 32-pixel dog can be seen.
-INCHES_PER_IMAGE = 0.7
+LOSS_COLOURS = dict(zip(LOSSES, ("C2", "C3", "C0", "C1"), strict=True))  # of the house style
 
 
 def show_source(*things: Any) -> display.Code:
@@ -43,44 +46,6 @@ def show_source(*things: Any) -> display.Code:
 
     source = "\n\n\n".join(inspect.getsource(thing).rstrip() for thing in things)
     return display.Code(source, language="python")
-
-
-def plot_images(
-    images: np.ndarray, title: str, columns: int | None = None, labels: Sequence[str] | None = None
-) -> Figure:
-    """A wall of images.
-
-    Args:
-        images: uint8, N x H x W x C.
-        title: of the figure.
-        columns: as many as make it square, if None.
-        labels: a name under each image.
-    """
-    if labels is None:
-        grid = image_grid(images, columns)
-        rows, wide = grid.shape[0] // images.shape[1], grid.shape[1] // images.shape[2]
-        size = (max(wide * INCHES_PER_IMAGE, 3.0), max(rows * INCHES_PER_IMAGE, 0.7) + 0.4)
-        figure, axes = new_figure(figsize=size)
-        _show(axes, grid, title)
-        return figure
-    columns = columns or min(len(images), 8)
-    rows = -(-len(images) // columns)
-    figure, grid_axes = new_figure(rows, columns, figsize=(1.5 * columns, 1.8 * rows + 0.4))
-    for i, axes in enumerate(np.ravel(grid_axes)):
-        axes.axis("off")
-        if i < len(images):
-            _show(axes, images[i], labels[i], fontsize=8)
-    figure.suptitle(title)
-    return figure
-
-
-def plot_real_and_generated(real: np.ndarray, generated: np.ndarray) -> Figure:
-    """Real images on the left, as many generated ones on the right: uint8, N x H x W x C."""
-    n = min(len(real), len(generated))
-    figure, (left, right) = new_figure(1, 2, figsize=(11, 5.8))
-    _show(left, image_grid(real[:n]), "real images")
-    _show(right, image_grid(generated[:n]), "generated images")
-    return figure
 
 
 def plot_images_per_class(images: ImageSet) -> Figure:
@@ -101,34 +66,6 @@ def plot_pixel_values(images: np.ndarray) -> Figure:
     left.set(title="as stored: uint8", xlabel="pixel value", ylabel="density")
     right.hist(images.ravel() / 127.5 - 1.0, bins=64, range=(-1, 1), density=True)
     right.set(title="as the networks see it: normalised", xlabel="pixel value", ylabel="density")
-    return figure
-
-
-def plot_without_denormalising(images: np.ndarray) -> Figure:
-    """The same images with the normalisation undone, and as they look when one forgets to."""
-    figure, (left, right) = new_figure(1, 2, figsize=(9, 4.9))
-    _show(left, image_grid(images), "normalisation undone")
-    _show(right, _forgotten(image_grid(images)), "shown as they leave the generator")
-    return figure
-
-
-def plot_samples(
-    run: Run, epochs: Sequence[int | str] | None = None, denormalise: bool = True
-) -> Figure:
-    """The same latent vectors after several epochs.
-
-    Args:
-        run: whose samples.
-        epochs: which, "best" among them; None takes up to four, evenly spread.
-        denormalise: False shows the generator's -1..1 as if it were 0..1.
-    """
-    kept = run.epochs("samples")
-    pictures = run.samples(epochs if epochs is not None else _spread(kept, 4))
-    figure, grid_axes = new_figure(1, len(pictures), figsize=(3.6 * len(pictures), 4.1))
-    for axes, (epoch, picture) in zip(np.ravel(grid_axes), pictures.items(), strict=True):
-        _show(axes, picture if denormalise else _forgotten(picture), f"epoch {epoch}")
-    what = "normalisation undone" if denormalise else "normalisation not undone"
-    figure.suptitle(f"the same latent vectors by epoch, {what}")
     return figure
 
 
@@ -158,7 +95,7 @@ def plot_losses(
 
 
 def plot_comparison(
-    records: Mapping[str, pd.DataFrame], loss: str = "loss_d", smooth: int = 5
+    records: Mapping[str, pd.DataFrame], loss: str = "loss_d", smooth: int = 5, log: bool = False
 ) -> Figure:
     """One loss of several runs, by iteration.
 
@@ -166,11 +103,14 @@ def plot_comparison(
         records: name of the run -> its records.
         loss: which.
         smooth: mean over this many records.
+        log: a logarithmic scale, for losses that run away.
     """
     figure, axes = new_figure(figsize=(9, 4))
     for name, table in records.items():
         axes.plot(table["iteration"], _smoothed(table[loss], smooth), label=name)
     axes.set(title=f"loss of the {LOSS_LABELS[loss]}", xlabel="iteration", ylabel="loss")
+    if log:
+        _logarithmic(axes)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
@@ -180,14 +120,12 @@ def plot_bars(values: Mapping[str, float], title: str, unit: str) -> Figure:
     figure, axes = new_figure(figsize=(1.5 + 1.6 * len(values), 3.4))
     bars = axes.bar(list(values), list(values.values()), width=0.6)
     axes.bar_label(bars, fmt="{:,.0f}")
+    axes.set(title=title, xlabel="", ylabel=unit)
     axes.margins(y=0.15)
     smallest = min(values.values())
     if max(values.values()) > 100 * smallest > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:,.0f}")  # matplotlib's own writes formulas
+        _logarithmic(axes)
         axes.set_ylim(bottom=min(1, smallest / 10))
-        unit += ", logarithmic"
-    axes.set(title=title, xlabel="", ylabel=unit)
     return figure
 
 
@@ -220,7 +158,7 @@ def plot_progress(run: Run, records: pd.DataFrame | None = None) -> Figure:
     figure, (left, right) = new_figure(1, 2, figsize=(11, 4.4), width_ratios=(2, 3))
     kept = run.epochs("samples")
     if kept:
-        _show(left, run.samples(kept[-1:])[kept[-1]], f"epoch {kept[-1]}")
+        show_picture(left, run.samples(kept[-1:])[kept[-1]], f"epoch {kept[-1]}")
     else:
         left.axis("off")
         left.set_title("no samples yet")
@@ -230,18 +168,6 @@ def plot_progress(run: Run, records: pd.DataFrame | None = None) -> Figure:
         right.legend()
     right.set(title="losses", xlabel="iteration", ylabel="loss")
     return figure
-
-
-def animate_samples(run: Run, frames: int = 40, width: int = 256) -> display.Image:
-    """The same latent vectors over the epochs, as a GIF.
-
-    Args:
-        run: whose samples.
-        frames: at most this many epochs, evenly spread.
-        width: of the picture, in pixels; small ones are enlarged by a whole number.
-    """
-    pictures = run.samples(_spread(run.epochs("samples"), frames))
-    return animate_images(list(pictures.values()), width)
 
 
 def plot_clock(run: Run) -> Figure:
@@ -255,48 +181,8 @@ def plot_clock(run: Run) -> Figure:
     pauses = records["time"].diff()
     n = len(run.status().restarts)
     for i in pauses.nlargest(n).index:
-        axes.axvspan(*(records["time"][[i - 1, i]] - started), color="tab:red", alpha=0.15)
+        axes.axvspan(*(records["time"][[i - 1, i]] - started), color="C3", alpha=0.2)
     return figure
-
-
-def animate_images(images: np.ndarray | Sequence[np.ndarray], width: int = 192) -> display.Image:
-    """Images one after the other, as a GIF: uint8, N x H x W x C."""
-    from IPython import display
-
-    return display.Image(data=gif_bytes(images, width), format="gif")
-
-
-class _PlainFigure(Figure):
-    """Text in it is text: the names of files and classes may hold a $, and are no formulas."""
-
-    def draw(self, renderer: Any) -> None:
-        for text in self.findobj(Text):
-            text.set_parse_math(False)
-        super().draw(renderer)
-
-
-def new_figure(*shape: int, figsize: tuple[float, float], **grid: Any) -> tuple[Figure, Any]:
-    """A figure and its axes; the cell that ends with it shows it once."""
-    figure, axes = plt.subplots(
-        *shape, figsize=figsize, layout="constrained", gridspec_kw=grid, FigureClass=_PlainFigure
-    )
-    # A figure that pyplot still holds is drawn a second time at the end of the cell.
-    plt.close(figure)
-    return figure, axes
-
-
-def _show(axes: Axes, picture: np.ndarray, title: str, fontsize: float | None = None) -> None:
-    grey = picture.shape[-1] == 1
-    # Few pixels are shown as squares; many are not worth the moiré.
-    interpolation = "nearest" if picture.shape[0] < 256 else "antialiased"
-    axes.imshow(picture.squeeze(-1) if grey else picture, cmap="gray", interpolation=interpolation)
-    axes.set_title(title, fontsize=fontsize)
-    axes.axis("off")
-
-
-def _forgotten(picture: np.ndarray) -> np.ndarray:
-    """A picture in -1..1 shown as if it were in 0..1: all below the middle is black."""
-    return (np.clip(picture / 127.5 - 1.0, 0.0, 1.0) * 255).astype(np.uint8)
 
 
 def _draw_losses(axes: Axes, records: pd.DataFrame, smooth: int, losses: Sequence[str]) -> None:
@@ -309,9 +195,11 @@ def _draw_losses(axes: Axes, records: pd.DataFrame, smooth: int, losses: Sequenc
         axes.plot(iterations, smoothed, color=colour, label=LOSS_LABELS[name])
 
 
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:,g}")  # matplotlib's own writes formulas
+    axes.set_ylabel(f"{axes.get_ylabel()}, logarithmic")
+
+
 def _smoothed(values: pd.Series, window: int) -> pd.Series:
     return values.rolling(window, center=True, min_periods=1).mean()
-
-
-def _spread(epochs: Sequence[int], n: int) -> list[int]:
-    return [epochs[i] for i in evenly_spread(min(n, len(epochs)), len(epochs))]

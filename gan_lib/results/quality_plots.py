@@ -8,9 +8,10 @@ from matplotlib.figure import Figure
 from gan_lib.base.errors import RunError
 from gan_lib.data.image_set import ImageSet
 from gan_lib.quality.novelty import NearestImages
-from gan_lib.results.plots import new_figure, plot_images
+from gan_lib.results.figures import new_figure
 from gan_lib.results.quality import best_epoch
 from gan_lib.results.run import Run
+from gan_lib.results.walls import plot_images
 
 
 def plot_quality(run: Run, network: str = "") -> Figure:
@@ -26,23 +27,23 @@ def plot_quality(run: Run, network: str = "") -> Figure:
     lines = run.quality(network)
     if not lines:
         raise RunError(f"{run.url} was not measured yet: call measure() on it")
-    figure, axes = new_figure(figsize=(8, 3.6))
+    figure, axes = new_figure(figsize=(9, 3.6))
     epochs = [line["epoch"] for line in lines]
     spreads = [line["kid_spread"] for line in lines]
     axes.errorbar(
         epochs, [line["kid"] for line in lines], yerr=spreads, marker=".", label="generated"
     )
     floor = lines[-1]["kid_floor"]
-    axes.axhline(floor, color="tab:green", linestyle="--", label="other real images: the floor")
+    axes.axhline(floor, color="C2", linestyle="--", label="other real images: the floor")
     chosen = best_epoch(lines, run.epochs("checkpoints"))
     for line in lines:
         if line["epoch"] == chosen:
             label = f"best that is kept: epoch {chosen}, {line['kid']:.3f}"
-            axes.plot(chosen, line["kid"], "o", color="tab:red", markersize=9, label=label)
+            axes.plot(chosen, line["kid"], "o", color="C3", markersize=9, label=label)
     title = f"distance from real images (features of {lines[-1]['network']})"
     axes.set(title=title, xlabel="epoch", ylabel="KID: lower is better")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
