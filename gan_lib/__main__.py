@@ -1,17 +1,21 @@
-"""python -m gan_lib: run the notebooks without opening them; see to the data; measure runs."""
+"""python -m gan_lib: run the notebooks without opening them; train and measure runs; data."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from gan_lib.base.errors import NotebookError, UserError
 from gan_lib.base.interrupts import interruptible
+from gan_lib.base.progress import HEADLESS_VARIABLE
 from gan_lib.cli import profiles
 from gan_lib.cli.data_commands import add_commands
 from gan_lib.cli.measure_command import add_measure
+from gan_lib.cli.profiles import add_example, add_parameters
+from gan_lib.cli.training_commands import add_training
 
 
 @interruptible()
@@ -25,15 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = commands.add_parser("run", help="execute the series, or some of its notebooks")
     run.add_argument("notebooks", nargs="*", help="such as 04 or 05_results; none means all")
     run.add_argument("--profile", default="quick", help="a name in profiles/, or a YAML file")
-    run.add_argument(
-        "-p",
-        "--parameter",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="a parameter, stronger than the profile; may be given again",
-    )
+    add_parameters(run)
     run.add_argument(
         "--parameters", action="store_true", help="only list what a profile and -p may set"
     )
@@ -41,9 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--core", action="store_true", help="leave out the asides: what two hours have time for"
     )
     run.add_argument("--out", help="folder for the executed notebooks; default: a new one")
+    add_example(run, "run 04 05 --profile quick -p epochs 8")
     add_commands(commands.add_parser("data", help="list, fetch, verify and prepare images"))
+    add_training(commands)
     add_measure(commands.add_parser("measure", help="how good a run's pictures are, by epoch"))
     options = parser.parse_args(arguments)
+    if not sys.stdout.isatty():
+        os.environ.setdefault(HEADLESS_VARIABLE, "1")
 
     try:
         if options.command != "run":

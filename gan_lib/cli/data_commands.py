@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from gan_lib.cli.profiles import add_example
 from gan_lib.parameters import CROPS, TrainingParameters
 from gan_lib.sources import manifest
 from gan_lib.sources.downloading import archives_of, differences, fetch
@@ -19,13 +20,16 @@ if TYPE_CHECKING:
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Give `python -m gan_lib data` its own commands."""
     commands = parser.add_subparsers(dest="data_command", required=True)
-    commands.add_parser("list", help="the sources of data_manifest.json").set_defaults(do=_list)
+    one = commands.add_parser("list", help="the sources of data_manifest.json")
+    add_example(one, "data list")
+    one.set_defaults(do=_list)
 
     one = commands.add_parser("fetch", help="download, check and unpack a source's archives")
     one.add_argument("name", nargs="?", default="stanford-dogs")
     one.add_argument(
         "--archive", action="append", choices=list(FOLDERS), help="default: images and annotation"
     )
+    add_example(one, "data fetch stanford-dogs --archive images")
     one.set_defaults(do=_fetch)
 
     one = commands.add_parser(
@@ -38,6 +42,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         help="in the manifest, a folder, or an fsspec URL",
     )
     one.add_argument("--source", help="another folder or URL of the same images")
+    add_example(one, "data verify pictures/")
     one.set_defaults(do=_verify)
 
     one = commands.add_parser("prepare", help="decode a source's images once, for training")
@@ -48,6 +53,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--max-images", type=int, default=0, help="0 means all")
     one.add_argument("--cache", help="folder or URL that keeps the result")
     one.add_argument("--workers", type=int, default=0, help="of a Dask cluster started for it")
+    add_example(one, "data prepare pictures/ --size 32 --workers 2")
     one.set_defaults(do=_prepare)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from gan_lib.cli.profiles import add_example
+
 
 def add_measure(parser: argparse.ArgumentParser) -> None:
     """Give `python -m gan_lib measure` its arguments."""
@@ -14,6 +16,7 @@ def add_measure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--images", type=int, help="to generate for each; default: quality_images")
     parser.add_argument("--source", default="", help="of the real images, if the run is not yours")
+    add_example(parser, "measure runs/first --epoch best")
     parser.set_defaults(do=_measure)
 
 

@@ -7,6 +7,7 @@ called, before the first cell runs and without importing torch.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import json
@@ -25,6 +26,24 @@ from gan_lib.sources.source import resolve_source
 
 FOLDER = CHECKOUT / "notebooks"
 PROFILES = CHECKOUT / "profiles"
+
+
+def add_parameters(parser: argparse.ArgumentParser) -> None:
+    """Give a command `-p NAME VALUE`."""
+    parser.add_argument(
+        "-p",
+        "--parameter",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a parameter, stronger than the profile; may be given again",
+    )
+
+
+def add_example(parser: argparse.ArgumentParser, line: str) -> None:
+    """End the help of a command with a line that can be copied."""
+    parser.epilog = f"Example: python -m gan_lib {line}"
 
 
 def notebook_names() -> list[str]:
@@ -158,7 +177,7 @@ def series_values(
     refuse_unknown_names(overrides, own)
     # Where a run is only read, it is the run that was told a source.
     values = {k: v for k, v in profile.items() if k in own and (k != "source" or own[k])}
-    values |= {name: _parse(text, own[name]) for name, text in overrides.items()}
+    values |= {name: parse_value(text, own[name]) for name, text in overrides.items()}
     return check_parameters(names, values)
 
 
@@ -177,7 +196,7 @@ def _defaults(names: Sequence[str]) -> dict[str, Any]:
     return together
 
 
-def _parse(text: str, default: Any) -> Any:
+def parse_value(text: str, default: Any) -> Any:
     """A value from the command line: text where text is wanted, otherwise YAML."""
     if isinstance(default, str):
         return text

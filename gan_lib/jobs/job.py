@@ -100,6 +100,11 @@ class Job:
             return
         self.result()
 
+    def leave(self) -> None:
+        """Watch over it no more, from this moment: a job that has not ended is "interrupted"."""
+        self._supervisor.part()
+        _SUPERVISORS.discard(self._supervisor)
+
     def stop(self, now: bool = False) -> None:
         """Ask the job to end with a checkpoint: after the current epoch, or at once if `now`."""
         self._supervisor.stop(now)

@@ -13,6 +13,9 @@ from gan_lib.base.checks import check_type, require_range
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.files import LOSSES
 
+# A run that trains says so every 15 s; one that waits for workers says nothing for longer.
+SECONDS_WITHOUT_A_SIGN = 120.0
+
 
 @dataclass(frozen=True)
 class RunStatus:

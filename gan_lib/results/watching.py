@@ -16,12 +16,11 @@ import pandas as pd
 from gan_lib.base.errors import RunError
 from gan_lib.base.progress import ProgressBar, is_headless, progress_text
 from gan_lib.results import plots
+from gan_lib.results.reading import SECONDS_WITHOUT_A_SIGN
 from gan_lib.results.run import Run
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_PICTURES = 4.0
-# A run that trains says so every 15 s; one that waits for workers says nothing for longer.
-SECONDS_WITHOUT_A_SIGN = 120.0
 
 
 def watch_run(run: Run, goes_on: Callable[[], bool]) -> None:
