@@ -231,8 +231,8 @@ def _runs(options: argparse.Namespace) -> int:
     from gan_lib.results.summaries import summaries
 
     found = summaries(options.folder or files.RUNS)
-    lines = [("run", "state", "epoch", "images/s", "quality", "last sign of life")]
-    lines += [_line(summary) for summary in found]
+    head = ("run", "state", "epoch", "images/s", "quality", "last sign of life")
+    lines = [head, *map(_line, found)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(map(str.ljust, line, widths)).rstrip())
