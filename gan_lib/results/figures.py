@@ -16,6 +16,14 @@ from matplotlib.text import Text
 
 # Sizes, fonts, and colours that are told apart also by who does not see red or green.
 STYLE = Path(__file__).with_name("house.mplstyle")
+BLUE, ORANGE, GREEN, PINK, SKY, RED = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+)
 
 
 class HouseFigure(Figure):

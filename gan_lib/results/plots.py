@@ -16,7 +16,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gan_lib.data.image_set import ImageSet
-from gan_lib.results.figures import new_figure, show_picture
+from gan_lib.results.figures import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    PINK,
+    RED,
+    new_figure,
+    show_picture,
+)
 from gan_lib.results.files import LOSSES
 from gan_lib.results.run import Run
 from gan_lib.results.walls import animate_images as animate_images
@@ -37,7 +45,7 @@ LOSS_LABELS = {
     "loss_d": "discriminator, both",
     "loss_g": "generator",
 }
-LOSS_COLOURS = dict(zip(LOSSES, ("C2", "C3", "C0", "C1"), strict=True))  # of the house style
+LOSS_COLOURS = dict(zip(LOSSES, (GREEN, PINK, BLUE, ORANGE), strict=True))
 
 
 def show_source(*things: Any) -> display.Code:
@@ -181,7 +189,7 @@ def plot_clock(run: Run) -> Figure:
     pauses = records["time"].diff()
     n = len(run.status().restarts)
     for i in pauses.nlargest(n).index:
-        axes.axvspan(*(records["time"][[i - 1, i]] - started), color="C3", alpha=0.2)
+        axes.axvspan(*(records["time"][[i - 1, i]] - started), color=RED, alpha=0.2)
     return figure
 
 
