@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from gan_lib.jobs.launching import launch as launch
     from gan_lib.jobs.launching import run_ranks as run_ranks
     from gan_lib.jobs.results_handler import DaskResultsHandler as DaskResultsHandler
+    from gan_lib.jobs.sweeping import sweep as sweep
     from gan_lib.parameters import TrainingParameters as TrainingParameters
     from gan_lib.results.run import open_run as open_run
+    from gan_lib.results.sweep import Sweep as Sweep
     from gan_lib.training.rank import train_gan as train_gan
 
 __version__ = "0.1.0"

@@ -26,8 +26,9 @@ def failures(client: Client, function: Callable[..., None], *arguments: Any) -> 
     """Call a function on each worker; worker -> why it fails there, for those where it does."""
     names = sorted(name for name in os.environ if name.startswith("AWS_"))
     found = ask(client, lambda: client.run(_try, function, arguments, names, on_error="return"))
-    # An error that is no answer: the worker has gone.
-    said = {w: describe(a) if isinstance(a, Exception) else a for w, a in found.items()}
+    # An OSError is no answer: the worker has gone, and need not reach anything.
+    answers = {w: a for w, a in found.items() if not isinstance(a, OSError)}
+    said = {w: describe(a) if isinstance(a, Exception) else a for w, a in answers.items()}
     return {worker: why for worker, why in said.items() if why}
 
 

@@ -102,8 +102,8 @@ class Watch:
         Raises:
             WorkerLostError: if the scheduler does not answer.
         """
-        question = self.client.run_on_scheduler
-        signs = ask(self.client, lambda: question(_signs, owner=self._owner))
+        told = {"owner": self._owner}
+        signs = ask(self.client, lambda: self.client.run_on_scheduler(_signs, **told))
         now = time.monotonic()
         old = self._seen
         self._seen = {
@@ -127,7 +127,7 @@ class Watch:
         told = {"workers": workers, "client": self.client.id, "owner": self._owner}
         # An interrupt waits: whoever gets it then knows what is to be released.
         with interruptible(threading.Event()):
-            return ask(self.client, lambda: self.client.run_on_scheduler(_claim, **told))
+            return bool(ask(self.client, lambda: self.client.run_on_scheduler(_claim, **told)))
 
     def release(self) -> None:
         """Leave what was claimed to others; a client that is closed has done so."""

@@ -12,5 +12,6 @@ if TYPE_CHECKING:
     from gan_lib.jobs.launching import launch as launch
     from gan_lib.jobs.launching import run_ranks as run_ranks
     from gan_lib.jobs.results_handler import DaskResultsHandler as DaskResultsHandler
+    from gan_lib.jobs.sweeping import sweep as sweep
 
 __getattr__, __dir__, __all__ = lazily(__name__)

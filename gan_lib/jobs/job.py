@@ -110,15 +110,17 @@ class Job:
         self._supervisor.stop(now)
 
 
-def end_jobs(client: Client | None = None) -> None:
+def end_jobs(client: Client | None = None, folder: str = "") -> None:
     """Have jobs of this process keep a checkpoint and end, because it or their cluster does.
 
     What does not end in time is "interrupted".
 
     Args:
         client: only the jobs of this one; None means all.
+        folder: only those whose run's URL begins with it.
     """
-    _end([each for each in _SUPERVISORS if client in (None, each.client)])
+    chosen = [each for each in _SUPERVISORS if client in (None, each.client)]
+    _end([each for each in chosen if each.run.url.startswith(folder)])
 
 
 def _end(supervisors: Sequence[Supervisor]) -> None:

@@ -107,15 +107,7 @@ def launch(
             refuse_impatience(url, parameters)
         else:
             refuse_taken(url)
-        require_shared(
-            client,
-            url,
-            PARAMETERS if resume else "",
-            lambda why: RunError(
-                f"the run directory {url} cannot be used {why}. Give a place that workers and "
-                "client share and may write to, such as s3://bucket/run"
-            ),
-        )
+        require_shared_run(client, url, PARAMETERS if resume else "")
         images = _prepare_on_workers(client, parameters)
         if images is not None:
             check_images(images, parameters, resume)
@@ -173,6 +165,22 @@ def run_ranks(
         return RankGroup(client, futures, watch).result()
     finally:
         watch.release()
+
+
+def require_shared_run(client: Client, url: str, path: str) -> None:
+    """Raise RunError unless this process and each worker read and write the same folder of runs.
+
+    `path` is as in `require_shared`.
+    """
+    require_shared(
+        client,
+        url,
+        path,
+        lambda why: RunError(
+            f"the run directory {url} cannot be used {why}. Give a place that workers and client "
+            "share and may write to, such as s3://bucket/run"
+        ),
+    )
 
 
 def _prepare_on_workers(client: Client, p: TrainingParameters) -> ImageSet | None:

@@ -126,9 +126,11 @@ class Supervisor:
                 self._resume = True
         except BaseException as error:
             self.error = error
+            # That there is no cluster for it is no fault of the run.
+            lost = isinstance(error, ClusterError) and not isinstance(error, WorkerLostError)
             with contextlib.suppress(Exception):
                 if self.run.status().state != "interrupted":
-                    self._say("failed", error=describe(error))
+                    self._say("interrupted" if lost else "failed", error=describe(error))
         finally:
             self._watch.release()
             self.ended.set()

@@ -1,0 +1,164 @@
+"""Many runs on one cluster: all of them, each once, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from distributed import Client
+
+from gan_lib.base.errors import ClusterError, ParameterError, RunError, SourceError
+from gan_lib.jobs.launching import launch
+from gan_lib.jobs.sweeping import sweep
+from gan_lib.parameters import TrainingParameters
+from gan_lib.results.pictures import image_grid, read_png
+from gan_lib.results.sweep import Sweep, list_runs, run_name
+from gan_lib.results.sweep_pictures import GAP, draw_cells, plot_sweep
+
+
+def test_the_list_of_runs(tiny: TrainingParameters) -> None:
+    grid = {"lr_g": [1e-4, 2e-4], "seed": [0, 1, 2]}
+    runs = list_runs(tiny, grid)
+    assert list(runs)[:2] == ["lr_g=0.0001_seed=0", "lr_g=0.0001_seed=1"]
+    assert [tuple(values.values()) for values in runs.values()] == [
+        (lr, seed) for lr in grid["lr_g"] for seed in grid["seed"]
+    ]
+    paired = list_runs(tiny, {"lr_g": [1e-4, 1], "lr_d": [2e-4, 3e-4]}, paired=True)
+    assert list(paired.values()) == [{"lr_g": 1e-4, "lr_d": 2e-4}, {"lr_g": 1.0, "lr_d": 3e-4}]
+    some = list_runs(tiny, grid, sample=4)
+    assert len(some) == 4
+    assert some.items() <= runs.items()
+    assert list(some) == list(list_runs(tiny, grid, sample=4))
+
+
+def test_names_become_paths_that_stay_apart() -> None:
+    one, other = (run_name({"source": f"s3://bucket/{name}"}) for name in ("a/b", "a-b"))
+    assert one != other
+    assert not {"/", ":"} & {*one, *other}
+    assert run_name({"augment": "", "flip": True}) == "augment=_flip=True"
+    assert len(run_name({"source": "x" * 500})) < 200
+
+
+@pytest.mark.parametrize(
+    ("grid", "told", "said"),
+    [
+        ({}, {}, "no parameter to vary"),
+        ({"lrg": [1.0]}, {}, "did you mean 'lr_g'"),
+        ({"lr_g": 1e-4}, {}, "lr_g is 0.0001, expected a list"),
+        ({"loss": "bce"}, {}, "loss is 'bce', expected a list"),
+        ({"lr_g": []}, {}, "lr_g is \\[\\], expected a list"),
+        ({"lr_g": [1e-4, -1.0]}, {}, "lr_g is -1.0: a learning rate"),
+        ({"seed": [1, 1]}, {}, "has seed=1 twice"),
+        ({"lr_g": [1, 1.0]}, {}, "has lr_g=1.0 twice"),
+        ({"seed": [1, 2], "nz": [8]}, {"paired": True}, "seed has 2, nz has 1"),
+        ({"seed": [1, 2]}, {"sample": 3}, "drawn at random is 3, expected .* from 1 to 2"),
+    ],
+)
+def test_a_list_that_cannot_be_trained(
+    grid: Any, told: Any, said: str, tiny: TrainingParameters
+) -> None:
+    with pytest.raises(ParameterError, match=said):
+        list_runs(tiny, grid, **told)
+
+
+def times(folder: Path) -> dict[str, int]:
+    """When the files of the runs were written."""
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*/*") if path.is_file()}
+
+
+def test_a_sweep_and_the_same_call_again(
+    client: Client, tiny: TrainingParameters, tmp_path: Path
+) -> None:
+    out = tmp_path / "sweep"
+    p = tiny.replace(epochs=1)
+    # There are 96 images: half of the runs cannot even be launched.
+    told: dict[str, Any] = {"batch_size": [32, 97], "seed": [0, 1]}
+    done = sweep(client, p, told, str(out))
+    table = done.table()
+    assert table["state"].tolist() == ["finished", "finished", "failed", "failed"]
+    assert table["steps"][:2].tolist() == [3, 3]
+    assert table["error"].str.contains("batch_size is 97, and there are 96 images").sum() == 2
+    assert (out / "sweep.csv").read_text() == table.to_csv(index=False)
+    assert (out / "sweep.png").exists()
+
+    # The same latent vectors in each cell; a sentence where there is no picture.
+    cells = draw_cells(done)
+    run = done.run("batch_size=32_seed=1")
+    assert run is not None
+    drawn = cells["batch_size=32_seed=1"].picture
+    assert np.array_equal(drawn, image_grid(run.generate(16, seed=0), gap=GAP))
+    page = (out / "sweep.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert data["grid"] == told
+    images = [run["image"] for run in data["runs"]]
+    assert np.array_equal(read_png(base64.b64decode(images[1].partition(",")[2])), drawn)
+    assert images[2:] == ["", ""]
+    assert "batch_size is 97" in data["runs"][2]["text"]
+    figure = plot_sweep(done, rows="seed", cells=cells)
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert labels == ["seed = 0", "", "seed = 1", ""]
+    with pytest.raises(ParameterError, match=r"nz does not vary in .*: batch_size, seed do"):
+        plot_sweep(done, rows="nz", cells=cells)
+
+    before = times(out)
+    again = sweep(client, p, told, str(out))
+    assert times(out) == before
+    assert again.table().equals(table)
+    sweep(client, p, told, str(out), retry_failed=True)
+    assert [path for path in times(out).items() if path not in before.items()] == []
+
+    for other, grid, ranks, said in [
+        (p.replace(nz=8), told, 1, "holds another sweep: nz was 16 and is 8"),
+        (p, told, 2, "a run had 1 ranks and is to have 2"),
+        (p, {"seed": [0, 1]}, 1, "it has 4 runs of batch_size, seed, and these are 2 runs of seed"),
+        (p, {"batch_size": [32, 96], "seed": [0, 1]}, 1, "its values are others"),
+    ]:
+        with pytest.raises(RunError, match=said):
+            sweep(client, other, grid, str(out), ranks=ranks)
+    with pytest.raises(ClusterError, match="n_workers is 0"):
+        sweep(client, p, told, str(tmp_path / "none"), ranks=0)
+    with pytest.raises(SourceError, match="nowhere"):
+        sweep(client, p, {"source": [str(tmp_path / "nowhere")]}, str(tmp_path / "none"))
+    with pytest.raises(RunError, match=r"cannot be used from the worker .*does not see"):
+        sweep(client, p, told, "memory://sweep")
+    assert not [path for path in tmp_path.iterdir() if path.name not in ("sweep", "runs")]
+    (out / "sweep.json").write_text((out / "sweep.json").read_text().replace("seed=1", "../up"))
+    with pytest.raises(RunError, match=r"sweep.json is damaged: .*'batch_size=32_../up'"):
+        Sweep(str(out))
+
+
+def test_two_sweeps_and_a_job_on_one_cluster(
+    client: Client, tiny: TrainingParameters, tmp_path: Path
+) -> None:
+    elsewhere = Client(client.cluster, set_as_default=False)
+    # It takes all that there are, and what becomes free.
+    greedy = launch(elsewhere, tiny.replace(epochs=100_000), run=str(tmp_path / "greedy"))
+    places = [str(tmp_path / "one"), str(tmp_path / "other")]
+    try:
+        sides = [
+            threading.Thread(target=sweep, args=(one, tiny, {"seed": [0, 1]}, place))
+            for one, place in zip((client, elsewhere), places, strict=True)
+        ]
+        for side in sides:
+            side.start()
+        while not greedy.run.epochs("records"):
+            assert not greedy.done()
+            time.sleep(0.1)
+        greedy.stop(now=True)
+        assert greedy.result(timeout=100)[0].stopped
+        for side in sides:
+            side.join()
+    finally:
+        elsewhere.close()
+    tables = [Sweep(place).table() for place in places]
+    for table in tables:
+        assert table["state"].tolist() == ["finished", "finished"]
+        assert table["steps"].tolist() == [12, 12]
+    assert tables[0]["loss_d"].tolist() == tables[1]["loss_d"].tolist()
