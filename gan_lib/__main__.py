@@ -15,6 +15,7 @@ from gan_lib.cli import profiles
 from gan_lib.cli.data_commands import add_commands
 from gan_lib.cli.measure_command import add_measure
 from gan_lib.cli.profiles import add_example, add_parameters
+from gan_lib.cli.sweep_command import add_sweep
 from gan_lib.cli.training_commands import add_training
 
 
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_example(run, "run 04 05 --profile quick -p epochs 8")
     add_commands(commands.add_parser("data", help="list, fetch, verify and prepare images"))
     add_training(commands)
+    add_sweep(commands.add_parser("sweep", help="train many runs side by side, and compare them"))
     add_measure(commands.add_parser("measure", help="how good a run's pictures are, by epoch"))
     options = parser.parse_args(arguments)
     if not sys.stdout.isatty():

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import random
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import psutil
 import pytest
+import yaml
 from distributed import Client
 
 from gan_lib.base.errors import ClusterError, ParameterError, RunError, SourceError
 from gan_lib.jobs.launching import launch
 from gan_lib.jobs.sweeping import sweep
 from gan_lib.parameters import TrainingParameters
+from gan_lib.results.grids import list_runs, run_name
 from gan_lib.results.pictures import image_grid, read_png
-from gan_lib.results.sweep import Sweep, list_runs, run_name
+from gan_lib.results.sweep import Sweep
 from gan_lib.results.sweep_pictures import GAP, draw_cells, plot_sweep
 
 
@@ -162,3 +172,76 @@ def test_two_sweeps_and_a_job_on_one_cluster(
         assert table["state"].tolist() == ["finished", "finished"]
         assert table["steps"].tolist() == [12, 12]
     assert tables[0]["loss_d"].tolist() == tables[1]["loss_d"].tolist()
+
+
+def command(folder: Path, p: TrainingParameters, out: Path) -> subprocess.Popen[str]:
+    """`python -m gan_lib sweep` over twelve runs, on two workers of its own."""
+    profile = folder / "twelve.yaml"
+    profile.write_text(yaml.safe_dump({**p.to_dict(), "n_workers": 2}))
+    told = ["-s", "lr_g=1e-4,2e-4", "-s", "lr_d=2e-4,3e-4", "-s", "seed=0,1,2"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "gan_lib", "sweep", "--profile", profile, *told, "--out", out],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def states(out: Path) -> Counter[str]:
+    """How many runs are in each state."""
+    done = Sweep(str(out))
+    return Counter(done.state(name)[0] for name in done.runs)
+
+
+def until_finished(out: Path, n: int, process: subprocess.Popen[str]) -> None:
+    """Wait until so many runs have finished."""
+    while not (out / "sweep.json").exists() or states(out)["finished"] < n:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.2)
+
+
+@pytest.mark.long
+def test_twelve_runs_with_two_kills_and_an_interrupt(
+    tiny: TrainingParameters, tmp_path: Path
+) -> None:
+    seed = int(os.environ.get("GAN_LIB_FAULT_SEED", time.time()))
+    print(f"GAN_LIB_FAULT_SEED={seed}")
+    rng = random.Random(seed)
+    p = tiny.replace(epochs=24, checkpoint_every=5, quality_every=12, quality_images=48)
+    calm, out = tmp_path / "calm", tmp_path / "disturbed"
+    process = command(tmp_path, p, calm)
+    assert process.wait() == 0, process.communicate()
+
+    process = command(tmp_path, p, out)
+    for n in (1, 3):
+        until_finished(out, n, process)
+        time.sleep(rng.uniform(0, 4))
+        workers = [
+            child for child in psutil.Process(process.pid).children(recursive=True)
+            if "spawn_main" in " ".join(child.cmdline())
+        ]  # fmt: skip
+        rng.choice(workers).kill()
+    until_finished(out, 5, process)
+    time.sleep(rng.uniform(0, 4))
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, said
+    # What was begun has a checkpoint of where it was.
+    found = states(out)
+    print(found)
+    assert found.keys() <= {"finished", "stopped", "interrupted", "new"}
+    interrupted = Sweep(str(out))
+    for name in interrupted.runs:
+        if interrupted.state(name)[0] == "stopped":
+            assert interrupted.run(name).positions()
+    process = command(tmp_path, p, out)
+    assert process.wait() == 0, process.communicate()
+
+    one, other = Sweep(str(calm)), Sweep(str(out))
+    both = [which.table().drop(columns=["images_per_second", "minutes"]) for which in (one, other)]
+    assert both[0]["state"].tolist() == ["finished"] * 12
+    pd.testing.assert_frame_equal(*both)
+    left, right = draw_cells(one), draw_cells(other)
+    for name in one.runs:
+        assert left[name].text == right[name].text
+        assert np.array_equal(left[name].picture, right[name].picture)
+        assert other.run(name).records()["iteration"].tolist() == list(range(1, 73))
+    assert not list(out.rglob("*.part"))

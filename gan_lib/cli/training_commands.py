@@ -77,9 +77,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     given = dict(options.parameter) | ({"run": options.run} if options.run else {})
-    values = profiles.series_values([NOTEBOOK], read_profile(options.profile), given)
-    values = profiles.notebook_parameters(NOTEBOOK) | values
-    parameters = TrainingParameters(**{n: values[n] for n in TrainingParameters.names()})
+    parameters, values = told(options.profile, given)
     # Only now: a mistake should not have to wait for torch to be imported.
     from gan_lib.jobs.launching import launch
     from gan_lib.results.writing import new_run_url, refuse_taken
@@ -89,6 +87,17 @@ def _train(options: argparse.Namespace) -> int:
     with cluster_for(values["address"], values["n_workers"], parameters.device) as client:
         job = launch(client, parameters, url, values["n_workers"] or None)
         return follow(job, values["address"])
+
+
+def told(profile: str, given: dict[str, str]) -> tuple[TrainingParameters, dict[str, Any]]:
+    """What a profile, and texts that are stronger, say of a training; and all that they say.
+
+    Raises:
+        UserError: as `profiles.series_values`.
+    """
+    values = profiles.series_values([NOTEBOOK], read_profile(profile), given)
+    values = profiles.notebook_parameters(NOTEBOOK) | values
+    return TrainingParameters(**{n: values[n] for n in TrainingParameters.names()}), values
 
 
 def _resume(options: argparse.Namespace) -> int:

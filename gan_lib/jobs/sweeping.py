@@ -29,7 +29,8 @@ from gan_lib.jobs.job import Job, end_jobs
 from gan_lib.jobs.launching import launch, require_shared_run
 from gan_lib.jobs.supervisor import SECONDS_FOR_WORKERS, worth_a_retry
 from gan_lib.parameters import TrainingParameters
-from gan_lib.results.sweep import LIST, Sweep, list_runs, write_list
+from gan_lib.results.grids import list_runs
+from gan_lib.results.sweep import LIST, Sweep, write_list
 from gan_lib.results.sweep_pictures import write_results
 from gan_lib.results.writing import RunWriter, create_run, refuse_taken
 from gan_lib.sources.source import resolve_source
@@ -96,6 +97,7 @@ def sweep(
             end_jobs(client, f"{listed.url}/")
             with contextlib.suppress(OSError):
                 write_results(listed, pictures=False)
+            print(f"the same call goes on with the sweep in {listed.url}")
             raise
         write_results(listed)
     return listed

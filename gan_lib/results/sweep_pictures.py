@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 
 from gan_lib.base.errors import ParameterError, UserError, describe
 from gan_lib.results.figures import new_figure, show_picture
+from gan_lib.results.grids import grid_of
 from gan_lib.results.pictures import image_grid, png_bytes
 from gan_lib.results.quality import best_epoch
-from gan_lib.results.sweep import TABLE, Sweep, grid_of
+from gan_lib.results.sweep import TABLE, Sweep
 
 PICTURE, PAGE = "sweep.png", "sweep.html"
 IMAGES_PER_CELL = 16
