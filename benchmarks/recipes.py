@@ -35,13 +35,17 @@ from gan_lib.training.rank import train_gan
 ALL: dict[str, Any] = {
     "ema_images": 20_000,
     "real_label": 0.9,
+    "lr_g": 4e-4,
     "lr_d": 4e-4,
+    "batch_size": 32,
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "article": {},
     "moving average": {"ema_images": 20_000},
     "real_label 0.9": {"real_label": 0.9},
     "lr_d 4e-4": {"lr_d": 4e-4},
+    "both rates 4e-4": {"lr_g": 4e-4, "lr_d": 4e-4},
+    "batches of 32": {"batch_size": 32},
     "classes": {"conditional": True},
     "augmentation": {"augment": "translation,cutout,color"},
     "relativistic": {"loss": "relativistic"},
@@ -50,7 +54,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "all": ALL,
 }
 # Measured this often in the course of a training, so that the best epoch can be found.
-CHECKPOINTS = 10
+CHECKPOINTS = 5
 # Generated images of each measurement.
 MEASURED = 5_000
 
