@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from gan_lib.gan.convolutions import Conv2d, ConvTranspose2d
 from gan_lib.gan.drawing import generate_images
 from gan_lib.gan.models import Discriminator, Generator, count_parameters, layer_shapes
 
@@ -32,11 +33,11 @@ def test_published_dcgan_at_64_pixels() -> None:
 
 def test_dcgan_layers_between_the_convolutions() -> None:
     g = [type(layer) for layer in Generator().layers]
-    assert g[:3] == [nn.ConvTranspose2d, nn.BatchNorm2d, nn.ReLU]
-    assert g[-2:] == [nn.ConvTranspose2d, nn.Tanh]
+    assert g[:3] == [ConvTranspose2d, nn.BatchNorm2d, nn.ReLU]
+    assert g[-2:] == [ConvTranspose2d, nn.Tanh]
     d = [type(layer) for layer in Discriminator().layers]
-    assert d[:5] == [nn.Conv2d, nn.LeakyReLU, nn.Conv2d, nn.BatchNorm2d, nn.LeakyReLU]
-    assert d[-1] is nn.Conv2d
+    assert d[:5] == [Conv2d, nn.LeakyReLU, Conv2d, nn.BatchNorm2d, nn.LeakyReLU]
+    assert d[-1] is Conv2d
 
 
 @pytest.mark.parametrize("image_size", [16, 32, 64, 128, 256])

@@ -239,11 +239,6 @@ class _TrainingNanny(Nanny):
         ]
         super().__init__(scheduler, name=name, config=config, preload=preload, **named)
         environment = {
-            # glibc gives freed memory back above this many bytes, and Dask's nanny sets 64 KiB so
-            # that workers look small. A training step frees and takes the same hundred megabytes
-            # each time, and spent a quarter of its time in page faults: let it keep them.
-            "MALLOC_TRIM_THRESHOLD_": str(2**30),
-            "MALLOC_MMAP_THRESHOLD_": str(2**30),
             # Ranks share the cores: torch would start a thread per core in each of them.
             "OMP_NUM_THREADS": str(n_threads),
             # One thread of obstore waits for all requests; two also wake each other.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from gan_lib.gan.convolutions import Conv2d, ConvTranspose2d
 from gan_lib.parameters import IMAGE_SIZES, TrainingParameters
 
 # Both networks meet the image at 4 x 4 pixels, where a latent vector becomes
@@ -59,20 +60,18 @@ class Generator(nn.Module):
 
         widths = [ngf * factor for factor in reversed(_width_factors(image_size))]
         layers: list[nn.Module] = [
-            nn.ConvTranspose2d(nz, widths[0], kernel_size=4, stride=1, padding=0, bias=False),
+            ConvTranspose2d(nz, widths[0], kernel_size=4, stride=1, padding=0, bias=False),
             norm(widths[0]),
             nn.ReLU(inplace=True),
         ]
         for c_in, c_out in pairwise(widths):
             layers += [
-                nn.ConvTranspose2d(c_in, c_out, kernel_size=4, stride=2, padding=1, bias=False),
+                ConvTranspose2d(c_in, c_out, kernel_size=4, stride=2, padding=1, bias=False),
                 norm(c_out),
                 nn.ReLU(inplace=True),
             ]
         layers += [
-            nn.ConvTranspose2d(
-                widths[-1], channels, kernel_size=4, stride=2, padding=1, bias=False
-            ),
+            ConvTranspose2d(widths[-1], channels, kernel_size=4, stride=2, padding=1, bias=False),
             nn.Tanh(),
         ]
         self.layers = nn.Sequential(*layers)
@@ -137,14 +136,14 @@ class Discriminator(nn.Module):
         own_offset = norm != "batch"  # BatchNorm brings one
         # No BatchNorm on the first layer (section 3): it would hide the images' own statistics.
         layers: list[nn.Module] = [
-            nn.Conv2d(channels, widths[0], kernel_size=4, stride=2, padding=1, bias=own_offset),
+            Conv2d(channels, widths[0], kernel_size=4, stride=2, padding=1, bias=own_offset),
             nn.LeakyReLU(0.2, inplace=True),
         ]
         for c_in, c_out in pairwise(widths):
-            layers += [nn.Conv2d(c_in, c_out, 4, stride=2, padding=1, bias=own_offset)]
+            layers += [Conv2d(c_in, c_out, 4, stride=2, padding=1, bias=own_offset)]
             layers += [nn.BatchNorm2d(c_out)] if norm == "batch" else []
             layers += [nn.LeakyReLU(0.2, inplace=True)]
-        layers += [nn.Conv2d(widths[-1], 1, kernel_size=4, stride=1, padding=0, bias=False)]
+        layers += [Conv2d(widths[-1], 1, kernel_size=4, stride=1, padding=0, bias=False)]
         self.layers = nn.Sequential(*layers)
         self.of_class = nn.Embedding(n_classes, widths[-1]) if n_classes else None
         self.apply(initialise_weights if norm == "batch" else initialise_without_norm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,9 +58,10 @@ class Training:
             self.discriminator = discriminator_of(p, len(classes or ()))
         self.g = self._place(self.generator)
         self.d = self._place(self.discriminator)
-        betas = (p.beta1, p.beta2)
-        self.optimizer_g = torch.optim.Adam(self.g.parameters(), lr=p.lr_g, betas=betas)
-        self.optimizer_d = torch.optim.Adam(self.d.parameters(), lr=p.lr_d, betas=betas)
+        # Fused: one pass over weights, gradients and moments, where there were a dozen.
+        adam = partial(torch.optim.Adam, betas=(p.beta1, p.beta2), fused=True)
+        self.optimizer_g = adam(self.g.parameters(), lr=p.lr_g)
+        self.optimizer_d = adam(self.d.parameters(), lr=p.lr_d)
         self.average = MovingAverage(self.generator, p.ema_images) if p.ema_images else None
         self.sample_latents = latent_vectors(p.n_samples, p.nz, stream_seed(p.seed, SAMPLES))
         self.sample_labels = random_labels(

@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from gan_lib.base.interrupts import interruptible
+from gan_lib.base.memory import keep_freed_memory
 from gan_lib.data.batches import Batches
 from gan_lib.data.datasets import training_images
 from gan_lib.data.image_set import ImageSet
@@ -67,6 +68,7 @@ def train_gan(
     """
     if not isinstance(parameters, TrainingParameters):
         parameters = TrainingParameters.from_mapping(parameters or {})
+    keep_freed_memory()
     ranks = Ranks()
     show = not ranks.distributed if progress is None else progress
     device = pick_device(parameters.device, local_rank)
