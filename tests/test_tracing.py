@@ -1,0 +1,45 @@
+"""Where the time of a step goes, on each rank."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from distributed import Client
+
+from gan_lib.jobs.launching import run_ranks
+from gan_lib.parameters import TrainingParameters
+from gan_lib.results.timeline import Span, plot_timeline, seconds_by_kind
+from gan_lib.training.tracing import trace_step
+
+
+def without_gaps(spans: list[Span]) -> tuple[float, float]:
+    """When a rank's own parts begin and end, once each begins where the one before ended."""
+    own = sorted((s for s in spans if s.kind != "exchange"), key=lambda s: s.start)
+    for one, other in pairwise(own):
+        assert other.start == pytest.approx(one.end, abs=1e-6)
+    return own[0].start, own[-1].end
+
+
+def test_a_step_alone_has_no_exchange(tiny: TrainingParameters) -> None:
+    spans = trace_step(tiny, warm_up=1)
+    start, end = without_gaps(spans)
+    parts = seconds_by_kind(spans)
+    assert parts["exchange"] == parts["waiting"] == start == 0
+    assert min(parts[kind] for kind in ("forward", "backward", "optimiser", "Python")) > 0
+    assert sum(parts.values()) == pytest.approx(end)
+
+
+def test_a_step_of_two_ranks_shows_what_they_exchange(
+    client: Client, tiny: TrainingParameters
+) -> None:
+    traces = run_ranks(client, trace_step, device="cpu", parameters=tiny)
+    assert min(without_gaps(spans)[0] for spans in traces) == 0
+    first, second = ([s for s in spans if s.kind == "exchange"] for spans in traces)
+    # The discriminator's gradients and then the generator's, and none twice.
+    assert len(first) == len(second) == 2
+    # Nobody has the sum before both have sent their part.
+    for one, other in zip(first, second, strict=True):
+        assert min(one.end, other.end) > max(one.start, other.start), (one, other)
+    axes = plot_timeline(traces).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["rank 0", "rank 1"]
