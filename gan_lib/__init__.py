@@ -3,6 +3,7 @@
 From the top; each imports only those below it:
 
     cli         what can be done from a shell
+    doctor      what does not work here, and how it is mended
     jobs        a training left alone on a cluster
     training    one rank's work
     results     what comes back

@@ -10,13 +10,23 @@ from pathlib import Path
 
 from gan_lib.base.errors import NotebookError, UserError
 from gan_lib.base.interrupts import interruptible
-from gan_lib.base.progress import HEADLESS_VARIABLE
-from gan_lib.cli import profiles
-from gan_lib.cli.data_commands import add_commands
-from gan_lib.cli.measure_command import add_measure
-from gan_lib.cli.profiles import add_example, add_parameters
-from gan_lib.cli.sweep_command import add_sweep
-from gan_lib.cli.training_commands import add_training
+
+try:
+    from gan_lib.base.progress import HEADLESS_VARIABLE
+    from gan_lib.cli import profiles
+    from gan_lib.cli.data_commands import add_commands
+    from gan_lib.cli.doctor_command import add_doctor
+    from gan_lib.cli.measure_command import add_measure
+    from gan_lib.cli.profiles import add_example, add_parameters
+    from gan_lib.cli.sweep_command import add_sweep
+    from gan_lib.cli.training_commands import add_training
+except ImportError as error:
+    # What is half installed cannot say so itself.
+    sys.exit(
+        f"error: {sys.executable} cannot import {error.name or error}: it is not the Python of "
+        "this project's environment, or installing that was interrupted. `make tutorial` installs; "
+        "then it is .venv/bin/python -m gan_lib"
+    )
 
 
 @interruptible()
@@ -42,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_commands(commands.add_parser("data", help="list, fetch, verify and prepare images"))
     add_training(commands)
     add_sweep(commands.add_parser("sweep", help="train many runs side by side, and compare them"))
+    add_doctor(commands.add_parser("doctor", help="what works here, what not, how to mend it"))
     add_measure(commands.add_parser("measure", help="how good a run's pictures are, by epoch"))
     options = parser.parse_args(arguments)
     if not sys.stdout.isatty():

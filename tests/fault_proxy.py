@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import email.utils
 import http.client
 import socket
 import struct
@@ -16,6 +17,8 @@ from urllib.parse import unquote, urlsplit
 SLOW_DOWN = (
     b'<?xml version="1.0"?><Error><Code>SlowDown</Code><Message>reduce your rate</Message></Error>'
 )
+# How far the clock of a store is behind that has the fault "late".
+SECONDS_LATE = 1200
 EXPIRED = b'<?xml version="1.0"?><Error><Code>ExpiredToken</Code><Message>old</Message></Error>'
 
 
@@ -91,7 +94,11 @@ class FaultProxy:
             server.endheaders()
             answer = server.getresponse()
             body = answer.read()
-            self._send(handler, answer.status, answer.getheaders(), body, cut=fault == "cut")
+            headers = answer.getheaders()
+            if fault == "late":  # its clock, not its answer
+                told = email.utils.formatdate(time.time() - SECONDS_LATE, usegmt=True)
+                headers = [(k, told if k.lower() == "date" else v) for k, v in headers]
+            self._send(handler, answer.status, headers, body, cut=fault == "cut")
 
     @staticmethod
     def _send(
@@ -101,7 +108,7 @@ class FaultProxy:
         body: bytes,
         cut: bool = False,
     ) -> None:
-        handler.send_response(status)
+        handler.send_response_only(status)
         for key, value in headers:
             if key.lower() not in ("content-length", "transfer-encoding", "connection"):
                 handler.send_header(key, value)

@@ -41,9 +41,9 @@ class ForeignCluster:
             time.sleep(0.1)
         self.address: str = json.loads(self._file.read_text())["address"]
 
-    def add_worker(self, path: Sequence[Path] | None = None) -> None:
+    def add_worker(self, path: Sequence[Path] | None = None, n_threads: int = 1) -> None:
         """Start one more; it joins within seconds."""
-        options = ["--nthreads", "1", "--local-directory", str(self.folder)]
+        options = ["--nthreads", str(n_threads), "--local-directory", str(self.folder)]
         options += ["--nanny" if self.nanny else "--no-nanny"]
         self._start("worker", *options, path=self.path if path is None else path)
 

@@ -16,7 +16,7 @@ from gan_lib.base.checkout import CHECKOUT
 PACKAGE = CHECKOUT / "gan_lib"
 # From the top.
 ROOMS = [
-    "cli", "jobs", "training", "results", "quality", "gan", "practice", "data", "cluster",
+    "cli", "doctor", "jobs", "training", "results", "quality", "gan", "practice", "data", "cluster",
     "sources", "parameters", "base",
 ]  # fmt: skip
 # What a user calls on a run, and reaches what is above it only when it is called.

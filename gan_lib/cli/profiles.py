@@ -102,8 +102,15 @@ def read_profile(name: str) -> dict[str, Any]:
     return values
 
 
-def check_parameters(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:
+def check_parameters(
+    names: Sequence[str], values: Mapping[str, Any], look: bool = True
+) -> dict[str, Any]:
     """Check values for these notebooks, without running anything.
+
+    Args:
+        names: full names of the notebooks.
+        values: by parameter.
+        look: also look for the images, and call the cluster.
 
     Returns:
         The values, of the types that the notebooks expect.
@@ -124,11 +131,11 @@ def check_parameters(names: Sequence[str], values: Mapping[str, Any]) -> dict[st
         )
     if together.get("short_steps", 4) < 4:
         raise ParameterError(f"short_steps is {together['short_steps']}, expected 4 or more")
-    if "source" in together:
+    if look and "source" in together:
         check_source(together["source"])
-        if "source" in checked:
-            checked["source"] = resolve_source(checked["source"])
-    if together.get("address"):
+    if "source" in checked:
+        checked["source"] = resolve_source(checked["source"])
+    if look and together.get("address"):
         # Not at the top: it takes seconds to import, and most runs need no cluster here.
         from gan_lib.cluster.starting import connect, scheduler_at
 
@@ -158,7 +165,10 @@ def full_names(names: Sequence[str]) -> list[str]:
 
 
 def series_values(
-    names: Sequence[str], profile: Mapping[str, Any], overrides: Mapping[str, str]
+    names: Sequence[str],
+    profile: Mapping[str, Any],
+    overrides: Mapping[str, str],
+    look: bool = True,
 ) -> dict[str, Any]:
     """Profile and overrides, checked, for these notebooks.
 
@@ -167,6 +177,7 @@ def series_values(
         profile: speaks to the whole series.
         overrides: parameter -> text from the command line; speaks to these
             notebooks, and is stronger.
+        look: as in `check_parameters`.
 
     Raises:
         UserError: that names the parameter, the value and the cure.
@@ -178,7 +189,7 @@ def series_values(
     # Where a run is only read, it is the run that was told a source.
     values = {k: v for k, v in profile.items() if k in own and (k != "source" or own[k])}
     values |= {name: parse_value(text, own[name]) for name, text in overrides.items()}
-    return check_parameters(names, values)
+    return check_parameters(names, values, look)
 
 
 def _parameters_cell(name: str) -> str:

@@ -44,7 +44,7 @@ def require_shared(
         refusal: makes the error that is raised if they do not, of the reason.
     """
     try:
-        with contextlib.nullcontext(path) if path else _marked(url) as marker:
+        with contextlib.nullcontext(path) if path else marked(url) as marker:
             found = failures(client, share, url, marker)
     except UserError:
         raise
@@ -55,7 +55,7 @@ def require_shared(
 
 
 @contextlib.contextmanager
-def _marked(url: str) -> Iterator[str]:
+def marked(url: str) -> Iterator[str]:
     """A file in a folder for as long as the context lasts; a new folder goes with it."""
     folder, marker = Folder(url), f"visible-{uuid.uuid4().hex}"
     folder.write(marker, b"")
@@ -77,7 +77,7 @@ def see(url: str, path: str) -> None:
 def share(url: str, path: str) -> None:
     """As `see`, and raise what keeps this process from writing there."""
     see(url, path)
-    with _marked(url):
+    with marked(url):
         pass
 
 

@@ -102,11 +102,11 @@ def work_as_rank(function: Callable[..., Any], arguments: dict[str, Any], task: 
             "or start the workers with one thread each"
         )
     worker = get_worker()
-    told = {"LOCAL_RANK": str(task.gpu), ATTEMPT_VARIABLE: task.attempt, **_dask_network(worker)}
+    told = {"LOCAL_RANK": str(task.gpu), ATTEMPT_VARIABLE: task.attempt, **dask_network(worker)}
     store = None
     with _leaving_when_unwanted(worker), patch.dict(os.environ, told):
         try:
-            store = _meet(task)
+            store = meet(task)
             dist.init_process_group(
                 task.backend,
                 store=store,
@@ -126,7 +126,7 @@ def work_as_rank(function: Callable[..., Any], arguments: dict[str, Any], task: 
             return Failure(*_portable(error), order)
 
 
-def _meet(task: RankTask) -> TCPStore:
+def meet(task: RankTask) -> TCPStore:
     """The store through which the ranks find each other; it is served by rank 0.
 
     Raises:
@@ -215,7 +215,7 @@ def _portable(error: Exception) -> tuple[Exception, TracebackType | None]:
     return found
 
 
-def _dask_network(worker: Worker) -> dict[str, str]:
+def dask_network(worker: Worker) -> dict[str, str]:
     """Variables that have gloo and NCCL use the network interface of Dask, unless told otherwise.
 
     Their own choice follows the machine's host name, which on a laptop may be a
