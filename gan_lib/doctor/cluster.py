@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -23,8 +22,6 @@ from gan_lib.doctor.patient import BYTES_OF_RANK, Patient
 ALIKE = ("Python", "dask", "distributed")
 # A rank of another torch or NCCL computes something else, or waits for ever.
 ALIKE_ON_WORKERS = ("torch", "CUDA", "NCCL")
-# Dask's nanny has glibc give back what is freed above this many bytes.
-NANNYS_TRIM = 64 * 2**10
 SIZE_OF_PRODUCT = 512
 
 
@@ -76,17 +73,12 @@ def _tally(values: Mapping[str, str | None]) -> str:
 
 
 def workers(patient: Patient) -> Finding:
-    """Each worker has one thread, a nanny, room for a rank, and keeps what a step takes again."""
+    """Each worker has one thread for tasks, cores for torch's, a nanny, and memory for a rank."""
     client = patient.opened()
     told = ask(client, lambda: client.run_on_scheduler(_told))
-    given = patient.on_workers(_given)
+    given = patient.on_workers(_torch_threads)
     several = {w: f"{n} threads" for w, (n, _, _) in told.items() if n != 1}
     alone = {w: "no nanny" for w, (_, _, nanny) in told.items() if not nanny}
-    trimming = {
-        w: "memory is given back after each step"
-        for w, (_, _, trim) in given.items()
-        if 0 < trim <= NANNYS_TRIM
-    }
     # Dask pauses a worker at 80 % of its limit, and a rank then never ends.
     small = {
         w: f"{limit / 2**20:.0f} MB as a limit of memory, less than a rank needs,"
@@ -94,19 +86,17 @@ def workers(patient: Patient) -> Finding:
         if limit and 0.8 * limit < BYTES_OF_RANK
     }
     on_host: Counter[str] = Counter()
-    for w, (n_threads, _, _) in given.items():
+    for w, (n_threads, _) in given.items():
         on_host[get_address_host(w)] += n_threads
     crowded = {
         w: f"{on_host[get_address_host(w)]} threads of torch on {n_cores} cores"
-        for w, (_, n_cores, _) in given.items()
+        for w, (_, n_cores) in given.items()
         if on_host[get_address_host(w)] > n_cores
     }
-    lines = [_tally(odd) for odd in (several, alone, trimming, crowded) if odd]
+    lines = [_tally(odd) for odd in (several, alone, crowded) if odd]
     cure = (
         "start one for each rank: `OMP_NUM_THREADS=N dask worker ADDRESS --nthreads 1 --nanny "
-        "--memory-limit 0`, where N is the cores of its machine shared among the workers there; "
-        "without a GPU also with MALLOC_TRIM_THRESHOLD_=1073741824 and "
-        "MALLOC_MMAP_THRESHOLD_=1073741824"
+        "--memory-limit 0`, where N is the cores of its machine shared among the workers there"
     )
     well = "one thread, a nanny and enough memory each"
     return judge([_tally(small)] if small else [], lines, well, cure)
@@ -120,17 +110,11 @@ def _told(dask_scheduler: Scheduler) -> dict[str, tuple[int, int | None, bool]]:
     }
 
 
-def _given() -> tuple[int, int, int]:
-    """On a worker: threads of torch, cores, and above how many bytes it gives memory back.
-
-    The last is 0 where it was not set. With a GPU none of it matters, and all is 0.
-    """
+def _torch_threads() -> tuple[int, int]:
+    """On a worker: threads of torch, and cores; with a GPU they do not matter, and are 0."""
     import torch
 
-    if torch.cuda.is_available():
-        return 0, 0, 0
-    trim = os.environ.get("MALLOC_TRIM_THRESHOLD_", "")
-    return torch.get_num_threads(), CPU_COUNT, int(trim) if trim.isdecimal() else 0
+    return (0, 0) if torch.cuda.is_available() else (torch.get_num_threads(), CPU_COUNT)
 
 
 def one_gpu_each(patient: Patient) -> Finding:
