@@ -12,7 +12,7 @@ from typing import Any
 from distributed import Client, Future, Worker
 from distributed.comm.addressing import get_address_host
 
-from gan_lib.base.errors import UserError, describe
+from gan_lib.base.errors import ClusterError, UserError, describe
 from gan_lib.cluster.workers import Place, Watch, find_places
 from gan_lib.doctor.finding import FAULT, Finding, judge, name_some, not_checked
 from gan_lib.doctor.patient import Patient
@@ -33,8 +33,8 @@ _DOORS: list[socket.socket] = []
 
 def pairs(patient: Patient) -> Finding:
     """Each worker reaches each other one on a free port."""
-    opened = patient.on_workers(_open_door)
     try:
+        opened = patient.on_workers(_open_door)
         # Dask awaits what is a coroutine.
         closed: dict[str, Any] = patient.on_workers(
             _knock, {worker: (host, port) for worker, (host, port, _) in opened.items()}
@@ -56,12 +56,22 @@ def pairs(patient: Patient) -> Finding:
 
 
 def _open_door(dask_worker: Worker) -> tuple[str, int, str]:
-    """On a worker: listen on a free port of Dask's address; host, port, interface."""
+    """On a worker: listen on a free port of Dask's address; host, port, interface.
+
+    Raises:
+        ClusterError: if that cannot be done.
+    """
     from gan_lib.jobs.rank_task import dask_network
 
     host = get_address_host(dask_worker.address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    door = socket.create_server((host, 0), family=family, backlog=1024)
+    try:
+        door = socket.create_server((host, 0), family=family, backlog=1024)
+    except OSError as error:
+        raise ClusterError(
+            f"the worker {dask_worker.address} cannot listen at its own address "
+            f"({describe(error)}): start it with `--interface NAME`, not behind another address"
+        ) from None
     _DOORS.append(door)
     return host, door.getsockname()[1], dask_network(dask_worker).get("GLOO_SOCKET_IFNAME", "")
 
