@@ -136,6 +136,8 @@ def test_a_sweep_and_the_same_call_again(
             sweep(client, other, grid, str(out), ranks=ranks)
     with pytest.raises(ClusterError, match="n_workers is 0"):
         sweep(client, p, told, str(tmp_path / "none"), ranks=0)
+    with pytest.raises(ParameterError, match="stop_worst is 2, and quality_every 0"):
+        sweep(client, p, told, str(tmp_path / "none"), stop_worst=2)
     with pytest.raises(SourceError, match="nowhere"):
         sweep(client, p, {"source": [str(tmp_path / "nowhere")]}, str(tmp_path / "none"))
     with pytest.raises(RunError, match=r"cannot be used from the worker .*does not see"):
@@ -174,6 +176,28 @@ def test_two_sweeps_and_a_job_on_one_cluster(
         assert table["state"].tolist() == ["finished", "finished"]
         assert table["steps"].tolist() == [12, 12]
     assert tables[0]["loss_d"].tolist() == tables[1]["loss_d"].tolist()
+
+
+@pytest.mark.long
+def test_the_worst_are_stopped_and_stay_so(
+    client: Client, tiny: TrainingParameters, tmp_path: Path
+) -> None:
+    p = tiny.replace(epochs=6, quality_every=1, quality_images=48)
+    grid = {"lr_g": [2e-4, 1e-3], "seed": [0, 1]}
+    done = sweep(client, p, grid, str(tmp_path / "sweep"), stop_worst=2)
+    table = done.table()
+    assert (table["state"] == "finished").all()
+    early = table[table["epochs"] < 6]
+    assert 1 <= len(early) < 4
+    kids = {name: {line["epoch"]: line["kid"] for line in done.run(name).quality()}
+            for name in done.runs}  # fmt: skip
+    for name, why in early[["run", "error"]].itertuples(index=False):
+        found = re.match(r"after epoch (\d+) its KID of ([\d.]+) was not among the best", why)
+        assert found, why
+        kid = kids[name][int(found[1])]
+        assert found[2] == f"{kid:.4f}"
+        assert kid > min(other[int(found[1])] for other in kids.values() if int(found[1]) in other)
+    assert sweep(client, p, grid, str(tmp_path / "sweep"), stop_worst=2).table().equals(table)
 
 
 @contextlib.contextmanager

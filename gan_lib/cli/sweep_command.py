@@ -42,6 +42,13 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
         "--random", type=int, default=0, metavar="N", help="only N combinations, always the same"
     )
     parser.add_argument("--retry-failed", action="store_true", help="go on with failed runs, too")
+    parser.add_argument(
+        "--stop-worst",
+        type=int,
+        default=0,
+        metavar="N",
+        help="after each measurement only the best 1/N of the runs go on (2: the better half)",
+    )
     parser.add_argument("--out", required=True, help="folder or URL for the runs and their table")
     add_example(parser, "sweep --profile quick -s lr_g=1e-4,2e-4 -s seed=0,1,2 --out runs/rates")
     parser.set_defaults(do=_sweep)
@@ -68,6 +75,7 @@ def _sweep(options: argparse.Namespace) -> int:
             options.zip,
             options.random,
             options.retry_failed,
+            options.stop_worst,
         )
     table = done.table()
     left = table[table["state"] != "finished"]

@@ -7,6 +7,7 @@ runs: so the same call goes on where an earlier one has ended, however that was.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,15 @@ from typing import Any
 
 from distributed import Client
 
-from gan_lib.base.errors import ClusterError, RunError, UserError, WorkerLostError, describe
+from gan_lib.base.checks import require_range
+from gan_lib.base.errors import (
+    ClusterError,
+    ParameterError,
+    RunError,
+    UserError,
+    WorkerLostError,
+    describe,
+)
 from gan_lib.base.progress import ProgressBar
 from gan_lib.base.storage import Folder
 from gan_lib.cluster.shipping import ship_package
@@ -50,6 +59,7 @@ def sweep(
     paired: bool = False,
     sample: int = 0,
     retry_failed: bool = False,
+    stop_worst: int = 0,
 ) -> Sweep:
     """Train a run for every combination of some values, each on `ranks` workers of its own.
 
@@ -70,6 +80,8 @@ def sweep(
         paired: combine the first values with each other, the second ones, and so on.
         sample: only so many of the combinations, drawn at random, the same every time.
         retry_failed: go on with those that have failed in an earlier call, too.
+        stop_worst: after each measurement only one in so many goes on (2: the better half), see
+            `_Sweeping._find_worst`; 0 stops none.
 
     Raises:
         ParameterError: if one of the runs could not be trained.
@@ -84,6 +96,13 @@ def sweep(
     runs = list_runs(parameters, grid, paired, sample)
     for source in {values.get("source", parameters.source) for values in runs.values()}:
         check_source(source)
+    if stop_worst:
+        require_range("stop_worst", stop_worst, 2, None)
+        if not all(run.get("quality_every", parameters.quality_every) for run in runs.values()):
+            raise ParameterError(
+                f"stop_worst is {stop_worst}, and quality_every 0: nothing is measured by which "
+                "one run is worse than another. Set quality_every, such as 5"
+            )
     wait_for_workers(client, ranks)
     ship_package(client)
     waiting = "another call is at work on this sweep: waiting for its end"
@@ -91,7 +110,7 @@ def sweep(
         listed = write_list(out, parameters, runs, ranks)
         require_shared_run(client, listed.url, LIST)
         try:
-            _Sweeping(client, listed, retry_failed).until_the_end()
+            _Sweeping(client, listed, retry_failed, stop_worst).until_the_end()
         except BaseException:
             # Also a run whose launch was just interrupted.
             end_jobs(client, f"{listed.url}/")
@@ -106,14 +125,17 @@ def sweep(
 class _Sweeping:
     """The runs that wait for workers, and the jobs of those that have some."""
 
-    def __init__(self, client: Client, sweep: Sweep, retry_failed: bool) -> None:
-        self._client, self._sweep = client, sweep
+    def __init__(self, client: Client, sweep: Sweep, retry_failed: bool, stop_worst: int) -> None:
+        self._client, self._sweep, self._stop_worst = client, sweep, stop_worst
         self._watch = Watch(client)
         done = {"finished"} if retry_failed else {"finished", "failed"}
         self._waiting = deque(name for name in sweep.runs if sweep.state(name)[0] not in done)
         self._jobs: dict[str, Job] = {}
         self._launches: Counter[str] = Counter()
         self._failed = 0
+        # By run: its KID by epoch, and why it was stopped as one of the worst.
+        self._kids: dict[str, dict[int, float]] = {}
+        self._worst: dict[str, str] = {}
         # When there were workers for the last time, or at least an answer.
         self._seen = time.monotonic()
 
@@ -126,16 +148,21 @@ class _Sweeping:
         total = sum(self._sweep.told(name).epochs for name in self._sweep.runs)
         with ProgressBar(total, "sweeping", "epoch") as bar:
             bar.update(self._epochs(), self._text())
+            news = False
             while self._waiting or self._jobs:
-                ended = [name for name, job in self._jobs.items() if job.done()]
-                for name in ended:
+                if self._stop_worst:
+                    self._find_worst()
+                for name in [name for name, job in self._jobs.items() if job.done()]:
                     bar.note(self._end(name, self._jobs.pop(name)))
+                    news = True
                 if self._may_start():
                     bar.note(self._start(self._waiting.popleft()))
-                elif ended:
-                    with contextlib.suppress(OSError):
-                        write_results(self._sweep, pictures=False)
                 else:
+                    # No worker waits for the table.
+                    if news:
+                        with contextlib.suppress(OSError):
+                            write_results(self._sweep, pictures=False)
+                    news = False
                     time.sleep(SECONDS_BETWEEN_LOOKS)
                 bar.update(self._epochs() - bar.done, self._text())
 
@@ -197,7 +224,37 @@ class _Sweeping:
             return f"{name} waits for workers: {error}"
         self._failed += error is not None
         state, why = self._sweep.state(name)
+        if state == "stopped" and name in self._worst:
+            # So that the next call takes it as it is, as one that patience has ended.
+            state, why = "finished", self._worst[name]
+            told = job.run.status()
+            RunWriter(job.run.url).set_status(
+                state, job=told.job, restarts=told.restarts, reason=why
+            )
         return f"{name}: {state}" + (f": {why}" if why else "")
+
+    def _find_worst(self) -> None:
+        """Have runs end that, after some epoch, were not among the best of those measured then.
+
+        That is successive halving (arXiv:1502.07943) without its rounds: who is measured early
+        is compared again as others come, until it has ended itself.
+        """
+        for name in self._jobs if self._kids else self._sweep.runs:
+            with contextlib.suppress(UserError, OSError):
+                run = self._sweep.run(name)
+                lines = [] if run is None else run.quality()
+                self._kids[name] = {line["epoch"]: line["kid"] for line in lines}
+        for name in self._jobs.keys() - self._worst.keys():
+            for epoch, kid in self._kids.get(name, {}).items():
+                kids = sorted(kids[epoch] for kids in self._kids.values() if epoch in kids)
+                best = math.ceil(len(kids) / self._stop_worst)
+                if len(kids) >= self._stop_worst and kid > kids[best - 1]:
+                    self._worst[name] = (
+                        f"after epoch {epoch} its KID of {kid:.4f} was not among the best {best} "
+                        f"of {len(kids)} (stop_worst {self._stop_worst})"
+                    )
+                    self._jobs[name].stop()
+                    break
 
     def _epochs(self) -> int:
         """How many epochs are done; of a run that has ended, all that it was told to do."""
