@@ -1,9 +1,9 @@
 """How much faster do two ranks train than one, on two cores? And what does the exchange cost?
 
-    python benchmarks/ranks.py [--repeats 3]
+    python benchmarks/ranks.py [--repeats 3] [--only 64]
 
-Measured in one run, in turn: one rank on one core; two ranks on two cores; one
-process that uses both cores by itself.
+Measured in one run, in turn: one rank on one core; two ranks on two cores; two runs of one
+rank, side by side as in a sweep; one process that uses both cores by itself.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 os.environ["GAN_LIB_HEADLESS"] = "1"
 
 import torch
+from distributed import Client
 
 from gan_lib.cluster.starting import close_cluster, start_cluster
 from gan_lib.jobs.launching import run_ranks
@@ -34,29 +36,49 @@ def rate(parameters: dict[str, Any]) -> float:
     return train_gan(parameters, progress=False).images_per_second
 
 
+def side_by_side(client: Client, parameters: dict[str, Any]) -> float:
+    """Images per second of two runs at the same time, each on a worker of its own, together."""
+
+    def one(seed: int) -> float:
+        told = parameters | {"seed": seed}
+        (found,) = run_ranks(client, rate, n_workers=1, device="cpu", parameters=told)
+        return float(found)
+
+    with ThreadPoolExecutor(2) as pool:
+        return sum(pool.map(one, range(2)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--only", default="", help="the setting that begins so, such as 64")
+    options = parser.parse_args()
+    repeats = options.repeats
     torch.set_num_threads(2)
     client = start_cluster(2, device="cpu")
     try:
         for name, parameters in SETTINGS.items():
-            rates: dict[str, list[float]] = {"one rank": [], "two ranks": [], "one process": []}
+            if not name.startswith(options.only):
+                continue
+            rates: dict[str, list[float]] = {
+                "one rank": [], "two ranks": [], "two runs": [], "one process": [],
+            }  # fmt: skip
             for _ in range(repeats):
                 one = run_ranks(client, rate, n_workers=1, device="cpu", parameters=parameters)
                 two = run_ranks(client, rate, n_workers=2, device="cpu", parameters=parameters)
                 rates["one rank"].append(one[0])
                 rates["two ranks"].append(two[0])
+                rates["two runs"].append(side_by_side(client, parameters))
                 rates["one process"].append(rate(parameters))
             middle = {k: statistics.median(v) for k, v in rates.items()}
             print(f"{name}: median of {repeats}, images/s")
-            print(f"  one rank on one core         {middle['one rank']:7.0f}   1.00")
+            print(f"  one rank on one core          {middle['one rank']:7.0f}   1.00")
             for key, what in (
                 ("two ranks", "two ranks on two cores"),
+                ("two runs", "two runs of one rank, at once"),
                 ("one process", "one process, two threads"),
             ):
-                print(f"  {what:28s} {middle[key]:7.0f}   {middle[key] / middle['one rank']:.2f}")
+                print(f"  {what:29s} {middle[key]:7.0f}   {middle[key] / middle['one rank']:.2f}")
     finally:
         close_cluster(client)
 
