@@ -26,6 +26,7 @@ import yaml
 from distributed import Client
 
 from gan_lib.base.errors import ClusterError, ParameterError, RunError, SourceError
+from gan_lib.cluster.starting import close_cluster, start_cluster
 from gan_lib.jobs.launching import launch
 from gan_lib.jobs.sweeping import sweep
 from gan_lib.parameters import TrainingParameters
@@ -149,12 +150,12 @@ def test_a_sweep_and_the_same_call_again(
 
 
 def test_two_sweeps_and_a_job_on_one_cluster(
-    client: Client, tiny: TrainingParameters, tmp_path: Path
+    client: Client, tiny: TrainingParameters, s3: str, tmp_path: Path
 ) -> None:
     elsewhere = Client(client.cluster, set_as_default=False)
     # It takes all that there are, and what becomes free.
     greedy = launch(elsewhere, tiny.replace(epochs=100_000), run=str(tmp_path / "greedy"))
-    places = [str(tmp_path / "one"), str(tmp_path / "other")]
+    places = [str(tmp_path / "sweep"), f"{s3}/sweep-{time.time_ns()}"]
     try:
         sides = [
             threading.Thread(target=sweep, args=(one, tiny, {"seed": [0, 1]}, place))
@@ -176,6 +177,40 @@ def test_two_sweeps_and_a_job_on_one_cluster(
         assert table["state"].tolist() == ["finished", "finished"]
         assert table["steps"].tolist() == [12, 12]
     assert tables[0]["loss_d"].tolist() == tables[1]["loss_d"].tolist()
+
+
+def states(out: Path) -> Counter[str]:
+    """How many runs are in each state."""
+    done = Sweep(str(out))
+    return Counter(done.state(name)[0] for name in done.runs)
+
+
+@pytest.mark.long
+def test_a_cluster_that_grows_and_shrinks(tiny: TrainingParameters, tmp_path: Path) -> None:
+    out = str(tmp_path / "sweep")
+    client = start_cluster(1, device="cpu")
+    p = tiny.replace(epochs=100)
+    side = threading.Thread(target=sweep, args=(client, p, {"seed": list(range(6))}, out))
+
+    def until(what: str, at_least: int) -> None:
+        while not Path(out, "sweep.json").exists() or states(Path(out))[what] < at_least:
+            assert side.is_alive()
+            time.sleep(0.1)
+
+    try:
+        side.start()
+        until("finished", 1)
+        client.cluster.scale(2)
+        until("training", 2)
+        until("finished", 2)
+        client.cluster.scale(1)
+        side.join()
+    finally:
+        close_cluster(client)
+    assert states(Path(out)) == {"finished": 6}
+    for name in Sweep(out).runs:
+        records = Sweep(out).run(name).records()
+        assert records["iteration"].tolist() == list(range(1, 301))
 
 
 @pytest.mark.long
@@ -214,12 +249,6 @@ def command(p: TrainingParameters, out: Path) -> Iterator[subprocess.Popen[str]]
         yield process
     finally:
         process.kill()
-
-
-def states(out: Path) -> Counter[str]:
-    """How many runs are in each state."""
-    done = Sweep(str(out))
-    return Counter(done.state(name)[0] for name in done.runs)
 
 
 def until_finished(out: Path, n: int, process: subprocess.Popen[str]) -> None:

@@ -105,7 +105,9 @@ def plot_sweep(
                 panel.set_title(f"{columns} = {across[j]}\n{panel.get_title()}", fontsize=8)
             if j == 0:
                 panel.set_ylabel(f"{rows} = {down[i]}", fontsize=8)
-    figure.suptitle("the same latent vectors in each run", fontsize=10)
+    others = [f"{n} = {where[n]}" if n in where else f"first {n} that fits"
+              for n in grid if n not in (rows, columns)]  # fmt: skip
+    figure.suptitle(", ".join(["the same latent vectors in each run", *others]), fontsize=10)
     return figure
 
 
