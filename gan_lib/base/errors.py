@@ -36,6 +36,10 @@ class WorkerLostError(ClusterError):
     """A worker that was counted on was killed, hangs, or cannot be reached."""
 
 
+class TooFewWorkersError(ClusterError):
+    """A cluster has fewer workers than a job needs, or others use them."""
+
+
 class DivergenceError(UserError):
     """Training has run away: a loss is no longer a finite number."""
 

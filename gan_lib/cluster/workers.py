@@ -12,12 +12,12 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from distributed import Client, LocalCluster, Scheduler
 from distributed.comm.addressing import get_address_host
 
-from gan_lib.base.errors import ClusterError, WorkerLostError
+from gan_lib.base.errors import ClusterError, TooFewWorkersError, WorkerLostError
 from gan_lib.base.interrupts import interruptible
 
 _T = TypeVar("_T")
@@ -124,15 +124,18 @@ class Watch:
         Raises:
             WorkerLostError: if the scheduler does not answer.
         """
-        told = {"workers": workers, "client": self.client.id, "owner": self._owner}
         # An interrupt waits: whoever gets it then knows what is to be released.
         with interruptible(threading.Event()):
-            return bool(ask(self.client, lambda: self.client.run_on_scheduler(_claim, **told)))
+            return bool(ask(self.client, lambda: self._claim(workers)))
 
     def release(self) -> None:
-        """Leave what was claimed to others; a client that is closed has done so."""
-        with contextlib.suppress(OSError, ClusterError):
-            self.claim([])
+        """Leave what was claimed to others; a client that can no longer say so has done it."""
+        with contextlib.suppress(Exception):
+            in_thread(lambda: self._claim([])).result(SECONDS_OF_SILENCE)
+
+    def _claim(self, workers: Sequence[str]) -> Any:
+        told = {"workers": workers, "client": self.client.id, "owner": self._owner}
+        return self.client.run_on_scheduler(_claim, **told)
 
     def end_hanging(self, workers: Iterable[str]) -> set[str]:
         """End those of these workers that were silent for too long at the last look.
@@ -220,7 +223,7 @@ def wait_for_workers(client: Client, wanted: int) -> None:
     """Wait for the workers of a cluster that are starting.
 
     Raises:
-        ClusterError: if there are fewer than `wanted`.
+        TooFewWorkersError: if there are fewer than `wanted`.
     """
     deadline = time.monotonic() + SECONDS_TO_WAIT_FOR_WORKERS
     # `scheduler_info` may be a cache without workers; this asks.
@@ -230,7 +233,7 @@ def wait_for_workers(client: Client, wanted: int) -> None:
             how = f"`dask worker {client.scheduler.address}`"
             if client.cluster is not None:
                 how = f"`cluster.scale({wanted})`, then `cluster.wait_for_workers({wanted})`"
-            raise ClusterError(
+            raise TooFewWorkersError(
                 f"the cluster has {there or 'no'} workers and {wanted} are needed: start more "
                 f"({how})" + (", or ask for fewer" if there else "")
             )
@@ -246,7 +249,7 @@ def find_places(
     `watch`, if there is one: of two jobs that choose at the same time, each gets its own.
 
     Raises:
-        ClusterError: if there are too few.
+        TooFewWorkersError: if there are too few.
     """
     wait_for_workers(client, wanted)
     looking = watch or Watch(client)
@@ -254,7 +257,7 @@ def find_places(
         alive = looking.alive()
         free = [worker for worker, busy in alive.items() if not busy]
         if len(free) < wanted:
-            raise ClusterError(
+            raise TooFewWorkersError(
                 f"the cluster has {len(alive)} workers, {len(alive) - len(free)} of which train "
                 f"for another job, and {wanted} are needed: wait for that one, stop it, start more "
                 "workers, or ask for fewer"

@@ -20,6 +20,7 @@ from gan_lib.base.errors import (
     ClusterError,
     ParameterError,
     RunError,
+    TooFewWorkersError,
     UserError,
     WorkerLostError,
     describe,
@@ -190,7 +191,6 @@ class _Sweeping:
         """Launch or resume a run; a sentence if that failed."""
         sweep = self._sweep
         told, url, ranks = sweep.told(name), sweep.run_url(name), sweep.ranks
-        self._launches[name] += 1
         try:
             self._jobs[name] = launch(
                 self._client, told, url, n_workers=ranks, min_workers=ranks, resume=_begun(url)
@@ -198,12 +198,15 @@ class _Sweeping:
             self._launches[name] = 0
             return ""
         except Exception as error:
-            again = isinstance(error, ClusterError) or worth_a_retry(error)
-            if again and self._launches[name] < LAUNCHES:
-                # Somebody else was quicker, or a worker was lost meanwhile.
-                self._waiting.appendleft(name)
-                return ""
-            return self._fail(name, error)
+            # Somebody else was quicker, or a worker was lost meanwhile.
+            again = isinstance(error, TooFewWorkersError)
+            if not again and (isinstance(error, ClusterError) or worth_a_retry(error)):
+                self._launches[name] += 1
+                again = self._launches[name] < LAUNCHES
+            if not again:
+                return self._fail(name, error)
+            self._waiting.appendleft(name)
+            return ""
 
     def _fail(self, name: str, error: Exception) -> str:
         """Keep why a run cannot even be launched where one that fails later keeps it."""

@@ -86,6 +86,8 @@ class Sweep:
             self.parameters = TrainingParameters.from_mapping(told["parameters"])
             self.ranks = check_type("ranks", int, told["ranks"])
             self.runs: dict[str, dict[str, Any]] = check_type("runs", dict, told["runs"])
+            if not self.runs:
+                raise ValueError("it has no run")
             for name, values in self.runs.items():
                 self.parameters.replace(**values)
                 if name != run_name(values):  # it becomes a path
