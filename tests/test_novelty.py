@@ -12,7 +12,7 @@ from gan_lib.data.image_set import ImageSet
 from gan_lib.data.images import prepare_images
 from gan_lib.quality.features import EfficientNetLite0
 from gan_lib.quality.novelty import nearest_training_images
-from gan_lib.results.quality_plots import plot_nearest
+from gan_lib.results.quality_plots import plot_nearest, plot_ratios
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,10 @@ def test_copies_are_remembered(dogs: ImageSet, network: EfficientNetLite0) -> No
     np.testing.assert_array_equal(found.generated[surest], found.real[surest])
     title = plot_nearest(found, train.pixels[:40], train).get_suptitle()
     assert "remembered" in title
+    # Both kinds in one picture, of which one in twenty of the real ones is below the threshold.
+    (axes,) = plot_ratios(found).axes
+    assert len(axes.get_legend().get_texts()) == 3
+    assert (found.by_chance < found.threshold).mean() == pytest.approx(0.05, abs=0.02)
 
 
 def test_other_images_are_new(dogs: ImageSet, network: EfficientNetLite0) -> None:

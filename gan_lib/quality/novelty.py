@@ -43,6 +43,7 @@ class NearestImages:
             for what is new, near 0 for a copy.
         threshold: below this are 5 % of the real images.
         n_real: training images that were looked at.
+        by_chance: the ratios of real images, each as if it were new.
     """
 
     generated: np.ndarray
@@ -50,6 +51,7 @@ class NearestImages:
     ratios: np.ndarray
     threshold: float
     n_real: int
+    by_chance: np.ndarray
 
     @property
     def suspicious(self) -> float:
@@ -117,10 +119,12 @@ def nearest_training_images(
     n_looks = len(generated) * (3 if flip else 1) + len(probes) * (2 if flip else 0)
     with ProgressBar(n_looks, "searching", "image", show=progress) as bar:
         # Each real image as if it were new: without itself, and whatever else is the same.
-        by_chance = [
-            nearest(features[some], images.pixels[some.numpy()], same)[1]
-            for some in probes.split(ROWS)
-        ]
+        by_chance = torch.cat(
+            [
+                nearest(features[some], images.pixels[some.numpy()], same)[1]
+                for some in probes.split(ROWS)
+            ]
+        )
         pairs = [
             nearest(features_of(some, network, bar), some, torch.zeros(()))
             for some in np.split(generated, range(ROWS, len(generated), ROWS))
@@ -131,6 +135,7 @@ def nearest_training_images(
         generated=order.numpy(),
         real=real[order].numpy(),
         ratios=ratios[order].numpy(),
-        threshold=torch.cat(by_chance).nanquantile(CHANCE).item(),
+        threshold=by_chance.nanquantile(CHANCE).item(),
         n_real=len(images),
+        by_chance=by_chance.numpy(),
     )

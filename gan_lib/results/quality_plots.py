@@ -64,3 +64,22 @@ def plot_nearest(
     verdict = str(found).partition(";")[0]
     title = f"the most suspicious, and the training images nearest to them\n{verdict}"
     return plot_images(pairs, title, len(chosen[0]), labels)
+
+
+def plot_ratios(found: NearestImages) -> Figure:
+    """How near generated images are to one training image, beside how near real ones are.
+
+    Args:
+        found: what `nearest_training_images` found.
+    """
+    figure, axes = new_figure(figsize=(9, 3.4))
+    bins = np.linspace(0, 1, 41)
+    for name, ratios in (("generated", found.ratios), ("real, by chance", found.by_chance)):
+        known = ratios[np.isfinite(ratios)]  # none, where all images are one image
+        part = np.full(len(known), 1 / max(1, len(known)))
+        axes.hist(known, bins, weights=part, histtype="step", linewidth=2, label=name)
+    axes.axvline(found.threshold, color=RED, linestyle="--", label="threshold: 5 % of the real")
+    title = "how much nearer the nearest training image is than the next"
+    axes.set(title=title, xlabel="ratio of the two distances", ylabel="part of the images")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
