@@ -74,3 +74,8 @@ def show_picture(
     axes.imshow(picture.squeeze(-1) if grey else picture, cmap="gray", interpolation=interpolation)
     axes.set_title(title, fontsize=fontsize)
     axes.axis("off")
+
+
+def legend_beside(axes: Axes, **look: Any) -> None:
+    """A legend to the right of the curves, where it hides none."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, **look)

@@ -22,6 +22,7 @@ from gan_lib.results.figures import (
     ORANGE,
     PINK,
     RED,
+    legend_beside,
     new_figure,
     show_picture,
 )
@@ -98,7 +99,7 @@ def plot_losses(
     span = f"epoch {found[0]}" if len(found) == 1 else f"epochs {found[0]} to {found[-1]}"
     over = f", mean over {smooth} records" if smooth > 1 else ""
     axes.set(title=f"losses, {span}{over}", xlabel="iteration", ylabel="loss")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend_beside(axes)
     return figure
 
 
@@ -119,7 +120,7 @@ def plot_comparison(
     axes.set(title=f"loss of the {LOSS_LABELS[loss]}", xlabel="iteration", ylabel="loss")
     if log:
         _logarithmic(axes)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend_beside(axes)
     return figure
 
 
@@ -143,7 +144,7 @@ def plot_curves(tables: Mapping[str, pd.DataFrame], unit: str) -> Figure:
     for axes, (title, table) in zip(np.ravel(panels), tables.items(), strict=True):
         axes.plot(table.index, table, label=list(table))
         axes.set(title=title, xlabel=str(table.index.name), ylabel=unit)
-        axes.legend()
+        axes.legend(frameon=False)
     return figure
 
 
@@ -157,7 +158,7 @@ def plot_shares(shares: Sequence[Sequence[np.ndarray]], title: str) -> Figure:
         axes.scatter(steps, seen, s=3 if n_images > 200 else 20, label=f"rank {rank}")
     axes.set(title=title, xlabel="step", ylabel="index of the image")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), markerscale=4 if n_images > 200 else 1)
+    legend_beside(axes, markerscale=4 if n_images > 200 else 1)
     return figure
 
 
@@ -173,7 +174,7 @@ def plot_progress(run: Run, records: pd.DataFrame | None = None) -> Figure:
     records = run.records() if records is None else records
     if len(records):
         _draw_losses(right, records, smooth=max(1, len(records) // 50), losses=("loss_d", "loss_g"))
-        right.legend()
+        right.legend(frameon=False)
     right.set(title="losses", xlabel="iteration", ylabel="loss")
     return figure
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from gan_lib.base.errors import RunError
 from gan_lib.data.image_set import ImageSet
 from gan_lib.quality.novelty import NearestImages
-from gan_lib.results.figures import GREEN, RED, new_figure
+from gan_lib.results.figures import GREEN, RED, legend_beside, new_figure
 from gan_lib.results.quality import best_epoch
 from gan_lib.results.run import Run
 from gan_lib.results.walls import plot_images
@@ -43,7 +43,7 @@ def plot_quality(run: Run, network: str = "") -> Figure:
     title = f"distance from real images (features of {lines[-1]['network']})"
     axes.set(title=title, xlabel="epoch", ylabel="KID: lower is better")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend_beside(axes)
     return figure
 
 
@@ -81,5 +81,5 @@ def plot_ratios(found: NearestImages) -> Figure:
     axes.axvline(found.threshold, color=RED, linestyle="--", label="threshold: 5 % of the real")
     title = "how much nearer the nearest training image is than the next"
     axes.set(title=title, xlabel="ratio of the two distances", ylabel="part of the images")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend_beside(axes)
     return figure

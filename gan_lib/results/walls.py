@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 INCHES_PER_IMAGE = 0.7
 # Between the images of a wall, in pixels of a small image.
 GAP = 2
+# Of each picture, where more than two stand side by side.
+MOST_ROWS = 4
 
 
 def plot_images(
@@ -63,6 +65,7 @@ def plot_rows(rows: Mapping[str, np.ndarray], title: str) -> Figure:
     figure, axes = new_figure(figsize=(width + 0.09 * max(map(len, rows)) + 0.2, tall))
     show_picture(axes, _wall(images, n), title)
     axes.axis("on")
+    axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.set_yticks([i * height + images.shape[1] / 2 for i in range(len(rows))], list(rows))
     axes.set_xticks([])
@@ -94,14 +97,19 @@ def plot_samples(
 
     Args:
         run: whose samples.
-        epochs: which, "best" among them; None takes up to four, evenly spread.
+        epochs: which, "best" among them; None takes up to four, evenly spread. Of more than two
+            the upper left 4 x 4 images are shown.
         denormalise: False shows the generator's -1..1 as if it were 0..1.
     """
     kept = run.epochs("samples")
     pictures = run.samples(epochs if epochs is not None else spread_epochs(kept, 4))
-    figure, grid_axes = new_figure(1, len(pictures), figsize=(3.6 * len(pictures), 4.1))
+    n = len(pictures)
+    figure, grid_axes = new_figure(1, n, figsize=(3.6 * n, 4.1) if n < 3 else (3.0 * n, 3.5))
     for axes, (epoch, picture) in zip(np.ravel(grid_axes), pictures.items(), strict=True):
-        images = cut_apart(picture, run.parameters.image_size)
+        side = run.parameters.image_size
+        if n > 2:  # the upper left quarter, large enough to be seen
+            picture = picture[: MOST_ROWS * side, : MOST_ROWS * side]
+        images = cut_apart(picture, side)
         show_picture(axes, _wall(images if denormalise else _forgotten(images)), f"epoch {epoch}")
     what = "normalisation undone" if denormalise else "normalisation not undone"
     figure.suptitle(f"the same latent vectors by epoch, {what}")
