@@ -204,6 +204,19 @@ def test_the_short_runs_are_as_long_as_they_were_told(
     assert abs(int(epochs) * int(steps) - profile["short_steps"]) <= int(steps) / 2
 
 
+def test_what_a_discriminator_pays_that_cannot_tell(
+    executed: tuple[Executed, dict[str, Any]],
+) -> None:
+    notebook = nbformat.read(executed[0].folder / "03_parameters.ipynb", as_version=4)
+    shown = [o.get("data", {}).get("text/plain", "") for c in notebook.cells
+             for o in c.get("outputs", [])]  # fmt: skip
+    (table,) = [text for text in shown if "has not learnt" in text]
+    untrained, unsure = table.splitlines()[1:]
+    # log 2 twice; and the best single answer, a probability of a quarter for labels 0.5 and 0.
+    assert untrained.split()[-3:] == ["0.69", "0.69", "1.39"]
+    assert unsure.split()[-3:] == ["0.84", "0.29", "1.12"]
+
+
 def test_no_worker_of_a_cluster_that_was_there_is_killed(
     executed: tuple[Executed, dict[str, Any]],
 ) -> None:
