@@ -71,7 +71,9 @@ def show_picture(
     grey = picture.shape[-1] == 1
     # Few pixels are shown as squares; many are not worth the moiré.
     interpolation = "nearest" if picture.shape[0] < 256 else "antialiased"
-    axes.imshow(picture.squeeze(-1) if grey else picture, cmap="gray", interpolation=interpolation)
+    # From black to white, also where there is neither: a haze is to look like one.
+    look = {"cmap": "gray", "vmin": 0, "vmax": 255, "interpolation": interpolation}
+    axes.imshow(picture.squeeze(-1) if grey else picture, **look)
     axes.set_title(title, fontsize=fontsize)
     axes.axis("off")
 

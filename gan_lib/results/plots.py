@@ -99,6 +99,7 @@ def plot_losses(
     span = f"epoch {found[0]}" if len(found) == 1 else f"epochs {found[0]} to {found[-1]}"
     over = f", mean over {smooth} records" if smooth > 1 else ""
     axes.set(title=f"losses, {span}{over}", xlabel="iteration", ylabel="loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     legend_beside(axes)
     return figure
 
