@@ -16,6 +16,7 @@ try:
     from gan_lib.cli import profiles
     from gan_lib.cli.data_commands import add_commands
     from gan_lib.cli.doctor_command import add_doctor
+    from gan_lib.cli.generator_commands import add_generator
     from gan_lib.cli.measure_command import add_measure
     from gan_lib.cli.profiles import add_example, add_parameters
     from gan_lib.cli.sweep_command import add_sweep
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_training(commands)
     add_sweep(commands.add_parser("sweep", help="train many runs side by side, and compare them"))
     add_doctor(commands.add_parser("doctor", help="what works here, what not, how to mend it"))
+    add_generator(commands)
     add_measure(commands.add_parser("measure", help="how good a run's pictures are, by epoch"))
     options = parser.parse_args(arguments)
     if not sys.stdout.isatty():
@@ -80,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, SystemExit) as error:
-        print("interrupted; what was done is kept", file=sys.stderr)
+        print("interrupted; what was done is kept, and nothing half done is left", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 143
     print(f"executed notebooks, with an HTML of each: {done.folder}")
     print(f"pictures:                                 {done.folder / 'pictures'}")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,21 @@ if __name__ == "__main__":
 """
 
 
-def core_distributions() -> set[str]:
-    """The names of all distributions that the core dependencies bring, with theirs."""
-    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+def site_with(folder: Path, requirements: Iterable[str]) -> Path:
+    """A folder in which Python finds these distributions, those that they need, and no others."""
+    site = folder / "site-packages"
+    site.mkdir()
+    for name in _with_theirs(requirements):
+        distribution = importlib.metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(Path(str(distribution.locate_file(top))))
+    return site
+
+
+def _with_theirs(requirements: Iterable[str]) -> set[str]:
     found: set[tuple[str, str]] = set()
-    waiting = [Requirement(line) for line in project["dependencies"]]
+    waiting = [Requirement(line) for line in requirements]
     while waiting:
         wanted = waiting.pop()
         for extra in {"", *wanted.extras} - {e for name, e in found if name == wanted.name}:
@@ -55,13 +66,8 @@ def core_distributions() -> set[str]:
 @pytest.fixture
 def core_only(tmp_path: Path) -> dict[str, str]:
     """The environment of processes that find nothing installed but these."""
-    site = tmp_path / "site-packages"
-    site.mkdir()
-    for name in core_distributions():
-        distribution = importlib.metadata.distribution(name)
-        for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
-            if not (site / top).exists():
-                (site / top).symlink_to(Path(str(distribution.locate_file(top))))
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    site = site_with(tmp_path, project["dependencies"])
     return os.environ | {"PYTHONPATH": f"{site}{os.pathsep}{CHECKOUT}", "PYTHONSAFEPATH": "1"}
 
 

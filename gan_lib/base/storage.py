@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from typing import Any, BinaryIO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from gan_lib.base.addresses import OBJECT_STORES, refuse_credentials
+from gan_lib.base.addresses import OBJECT_STORES, absolute, is_remote, refuse_credentials
 from gan_lib.base.errors import ParameterError
 
 try:
@@ -43,6 +44,33 @@ def open_to_append(path: str) -> BinaryIO:
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     return os.fdopen(os.open(path, flags, 0o666), "ab")
+
+
+@contextlib.contextmanager
+def whole_folder(path: str) -> Iterator[Path]:
+    """A new folder on this machine, empty inside the block, put in place at its end.
+
+    If the block raises, nothing is left; what a killed writer leaves has a name beginning with a
+    dot.
+
+    Raises:
+        ParameterError: if the place is taken, cannot be written, or is on no disk.
+    """
+    if is_remote(path):
+        raise ParameterError(f"out is {path!r}: name a folder of this machine")
+    target = Path(absolute(path))
+    if os.path.lexists(target):
+        raise ParameterError(f"{target} is there already: name a new folder")
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise ParameterError(f"{target} cannot be written: {error.strerror}") from None
+    try:
+        yield aside
+        os.rename(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 class Folder:

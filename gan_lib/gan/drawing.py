@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import random
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -83,10 +86,58 @@ def latent_walk(generator: Generator, stops: int = 4, steps: int = 8, seed: int 
     Returns:
         uint8, (stops - 1) * steps x H x W x C.
     """
-    legs = pairwise(latent_vectors(stops, generator.nz, seed).numpy())
-    way = [_slerp(a, b, t) for a, b in legs for t in np.linspace(0, 1, steps)]
-    z, labels = torch.from_numpy(np.stack(way)).float(), random_labels(generator, 1, seed)
-    return render(generator, z, None if labels is None else labels.expand(len(z)))
+    way = walk(latent_vectors(stops, generator.nz, seed), np.linspace(0, 1, steps))
+    labels = random_labels(generator, 1, seed)
+    return render(generator, way, None if labels is None else labels.expand(len(way)))
+
+
+def walk(stops: Tensor, parts: np.ndarray) -> Tensor:
+    """Latent vectors on the way from each of some to the next, see `latent_walk`.
+
+    Args:
+        stops: S x nz.
+        parts: how much of the way from one to the next is done, 0 to 1.
+
+    Returns:
+        (S - 1) * len(parts) x nz.
+    """
+    way = [_slerp(a, b, t) for a, b in pairwise(stops.numpy()) for t in parts]
+    return torch.from_numpy(np.stack(way)).float()
+
+
+def latent_of_seed(
+    generator: Generator, seed: int, label: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The latent vector of a seed, 1 x nz, and its class, 1, if the generator knows any.
+
+    They are drawn by Python alone: whoever has neither gan_lib nor torch gets the same.
+
+    Args:
+        generator: to draw with.
+        seed: 0 or more.
+        label: of a class; None draws one as `random_labels`.
+    """
+    rng = random.Random(seed)
+    z = torch.tensor([[rng.gauss(0, 1) for _ in range(generator.nz)]])
+    counts = list(generator.classes.values())
+    if not counts:
+        return z, None
+    if label is None:
+        (label,) = rng.choices(range(len(counts)), counts)
+    return z, torch.tensor([label])
+
+
+def draw_seeds(
+    generator: Generator, seeds: Iterable[int], label: int | None = None
+) -> Iterator[np.ndarray]:
+    """The image of each seed, see `latent_of_seed`: uint8, H x W x C.
+
+    In double precision, so that it is the same one on every machine, whatever else is drawn.
+    """
+    exact = copy.deepcopy(generator).double()
+    for seed in seeds:
+        z, labels = latent_of_seed(generator, seed, label)
+        yield render(exact, z.double(), labels)[0]
 
 
 def class_called(generator: Generator, name: str) -> int:
