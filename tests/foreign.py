@@ -11,6 +11,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+# Has workers import what is slow before they are heard of: on a busy machine they are silent for
+# so long meanwhile that they would be taken for lost.
+READY = {"DASK_DISTRIBUTED__WORKER__PRELOAD": '["torch._dynamo", "pandas", "s3fs", "obstore"]'}
+
 
 class ForeignCluster:
     """A scheduler and workers, each a process of its own.
@@ -20,6 +24,7 @@ class ForeignCluster:
         path: folders from which they may import, beside the installed packages.
         environment: of the workers, on top of this process's; None leaves a variable out.
         nanny: whether the workers have one.
+        host: address of the scheduler.
     """
 
     def __init__(
@@ -28,6 +33,7 @@ class ForeignCluster:
         path: Sequence[Path] = (),
         environment: Mapping[str, str | None] | None = None,
         nanny: bool = False,
+        host: str = "127.0.0.1",
     ) -> None:
         self.folder = folder
         self.path = path
@@ -35,28 +41,41 @@ class ForeignCluster:
         self.nanny = nanny
         self.processes: list[subprocess.Popen[bytes]] = []
         self._file = folder / "scheduler.json"
-        self._start("scheduler", "--port", "0", path=path)
+        self._start("scheduler", "--port", "0", "--host", host, path=path)
         deadline = time.monotonic() + 60
         while not self._file.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         self.address: str = json.loads(self._file.read_text())["address"]
 
-    def add_worker(self, path: Sequence[Path] | None = None, n_threads: int = 1) -> None:
-        """Start one more; it joins within seconds."""
-        options = ["--nthreads", str(n_threads), "--local-directory", str(self.folder)]
-        options += ["--nanny" if self.nanny else "--no-nanny"]
-        self._start("worker", *options, path=self.path if path is None else path)
+    def add_worker(
+        self,
+        path: Sequence[Path] | None = None,
+        n_threads: int = 1,
+        host: str = "127.0.0.1",
+        inside: Sequence[str] = (),
+    ) -> None:
+        """Start one more; it joins within seconds.
 
-    def _start(self, name: str, *options: str, path: Sequence[Path] = ()) -> None:
+        `host` is its address, and `inside` the command that runs others in its machine.
+        """
+        options = ["--nthreads", str(n_threads), "--local-directory", str(self.folder)]
+        options += ["--host", host]
+        options += ["--nanny" if self.nanny else "--no-nanny"]
+        path = self.path if path is None else path
+        self._start("worker", *options, path=path, inside=inside)
+
+    def _start(
+        self, name: str, *options: str, path: Sequence[Path] = (), inside: Sequence[str] = ()
+    ) -> None:
         # -S leaves out the .pth file through which the checkout is installed.
         installed = [p for p in sys.path if p.endswith("site-packages")]
         told = {**os.environ, **self.environment} if name == "worker" else {**os.environ}
         told["PYTHONPATH"] = os.pathsep.join([*map(str, path), *installed])
         python = [sys.executable, "-S", "-m", f"distributed.cli.dask_{name}"]
-        where = ["--scheduler-file", str(self._file), "--host", "127.0.0.1", "--no-dashboard"]
+        where = ["--scheduler-file", str(self._file), "--no-dashboard"]
         self.processes.append(
             subprocess.Popen(
-                [*python, *where, *options],
+                [*inside, *python, *where, *options],
                 cwd=self.folder,
                 env={name: value for name, value in told.items() if value is not None},
                 stderr=subprocess.DEVNULL,

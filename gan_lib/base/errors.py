@@ -40,6 +40,10 @@ class TooFewWorkersError(ClusterError):
     """A cluster has fewer workers than a job needs, or others use them."""
 
 
+class WorkerRetiredError(WorkerLostError):
+    """A worker that was counted on was asked to leave: its time was up, or its place is wanted."""
+
+
 class DivergenceError(UserError):
     """Training has run away: a loss is no longer a finite number."""
 

@@ -15,7 +15,7 @@ import torch
 from dask.system import CPU_COUNT
 from distributed import Client, Nanny, Security
 from distributed.client import ensure_default_client
-from distributed.deploy import Cluster
+from distributed.deploy.cluster import Cluster
 
 from gan_lib.base.errors import ClusterError, describe
 from gan_lib.cluster.shipping import ship_package

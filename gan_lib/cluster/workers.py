@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from distributed import Client, LocalCluster, Scheduler
 from distributed.comm.addressing import get_address_host
+from distributed.core import Status
 
 from gan_lib.base.errors import ClusterError, TooFewWorkersError, WorkerLostError
 from gan_lib.base.interrupts import interruptible
@@ -59,12 +60,14 @@ def _claims(scheduler: Scheduler, owner: str) -> dict[str, tuple[str, str]]:
 
 
 def _signs(dask_scheduler: Scheduler, owner: str) -> dict[str, tuple[float, bool]]:
-    """On the scheduler: worker -> when it last reported, and whether it is a rank, or others'."""
+    """On the scheduler: worker -> when it last reported, and whether it can be no new rank."""
     claimed = _claims(dask_scheduler, owner)
     return {
         address: (
             worker.last_seen,
-            address in claimed
+            # One that is paused or asked to leave begins nothing new.
+            worker.status != Status.running
+            or address in claimed
             or any(str(task.key).startswith(RANK_PREFIX) for task in worker.processing),
         )
         for address, worker in dask_scheduler.workers.items()
@@ -97,7 +100,7 @@ class Watch:
         self._seen: dict[str, tuple[float, float]] = {}
 
     def alive(self) -> dict[str, bool]:
-        """The workers that report -> whether each is a rank, or is claimed by another watch.
+        """The workers that report -> whether each is a rank, claimed by another watch, or ending.
 
         Raises:
             WorkerLostError: if the scheduler does not answer.
@@ -158,6 +161,17 @@ class Watch:
         """Whether it is there, and has said nothing for too long."""
         now = time.monotonic()
         return now - self._seen.get(worker, (0.0, now))[1] > self._patience
+
+
+def was_asked_to_leave(client: Client, worker: str) -> bool:
+    """Whether a worker that is gone was retired or ended in good order, and was not just lost."""
+    asked = False
+    for _, told in ask(client, lambda: client.get_events(worker)):
+        # An address may have been another worker's before.
+        if told.get("action") == "add-worker":
+            asked = False
+        asked = asked or told.get("action") == "closing-worker" or told.get("expected", False)
+    return asked
 
 
 def in_thread(function: Callable[[], _T]) -> Future[_T]:

@@ -17,11 +17,19 @@ from typing import Any
 from distributed import Client, Future
 from distributed import wait as wait_for_futures
 
-from gan_lib.base.errors import WorkerLostError
+from gan_lib.base.errors import WorkerLostError, WorkerRetiredError
 from gan_lib.cluster.shipping import ship_package
-from gan_lib.cluster.workers import RANK_PREFIX, SECONDS_OF_SILENCE, Place, Watch, ask
+from gan_lib.cluster.workers import (
+    RANK_PREFIX,
+    SECONDS_OF_SILENCE,
+    Place,
+    Watch,
+    ask,
+    was_asked_to_leave,
+)
 from gan_lib.jobs.rank_task import (
     SECONDS_TO_FAIL,
+    SECONDS_TO_RETIRE,
     Failure,
     RankTask,
     listen,
@@ -111,8 +119,10 @@ class RankGroup:
     def error(self) -> BaseException | None:
         """The error of the rank that failed first; None while none has."""
         if self._error is None and (self._failures() or self._gone()):
-            # The other ranks fail a moment later, and may have failed first.
-            deadline = time.monotonic() + SECONDS_TO_FAIL
+            # The other ranks fail a moment later, and may have failed first; or they leave
+            # together with one whose worker is to end.
+            patience = SECONDS_TO_RETIRE if self._retired() else SECONDS_TO_FAIL
+            deadline = time.monotonic() + patience
             while self._still_running() and time.monotonic() < deadline:
                 time.sleep(0.1)
             self._error = self._cause()
@@ -129,6 +139,10 @@ class RankGroup:
                 return WorkerLostError(
                     f"the worker of rank {gone[0]} ({silent[0]}) has not answered for "
                     f"{SECONDS_OF_SILENCE:.0f} s: it was suspended, or cut off"
+                )
+            if self._retired() and not self._failures():
+                return WorkerRetiredError(
+                    f"the worker of rank {gone[0]} ({self._workers[gone[0]]}) was asked to leave"
                 )
             # What the other ranks raised is that this one closed its connections.
             return WorkerLostError(
@@ -159,6 +173,15 @@ class RankGroup:
     def _still_running(self) -> bool:
         self._failures()
         return len(self._values) + len(self._gone()) < len(self._futures)
+
+    def _retired(self) -> bool:
+        """Whether the workers that are gone were asked to go."""
+        gone = {self._workers[rank] for rank in self._gone()}
+        # One that hangs has been asked by us, and does nothing of the sort.
+        return bool(gone) and all(
+            worker not in self._hanging and was_asked_to_leave(self._client, worker)
+            for worker in gone
+        )
 
     def _gone(self) -> list[int]:
         # A task that is pinned to a worker waits for it for ever, also when it has died.

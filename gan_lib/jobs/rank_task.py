@@ -6,11 +6,13 @@ for it, and frees it from collectives that will never end.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime
 import math
 import os
 import pickle
+import signal
 import socket
 import threading
 import time
@@ -26,13 +28,17 @@ import torch
 import torch.distributed as dist
 from distributed import Worker, get_worker
 from distributed.comm.addressing import get_address_host
+from distributed.core import Status
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported, untold
 
 from gan_lib.base.errors import ClusterError
-from gan_lib.training.ranks import ATTEMPT_VARIABLE, LEAVE
+from gan_lib.training.ranks import ATTEMPT_VARIABLE, LEAVE, RETIRE
 
 # How long the other ranks may take to notice that one has failed, and to end.
 SECONDS_TO_FAIL = 10
+# How long they may take to leave together when the worker of one is to end: Dask waits so long
+# for what a worker does that it closes.
+SECONDS_TO_RETIRE = 30
 # How often a rank asks whether anybody still waits for it.
 SECONDS_BETWEEN_LOOKS = 0.5
 # How long the ranks may take to meet, and one attempt of it, which nothing can interrupt.
@@ -104,7 +110,7 @@ def work_as_rank(function: Callable[..., Any], arguments: dict[str, Any], task: 
     worker = get_worker()
     told = {"LOCAL_RANK": str(task.gpu), ATTEMPT_VARIABLE: task.attempt, **dask_network(worker)}
     store = None
-    with _leaving_when_unwanted(worker), patch.dict(os.environ, told):
+    with _retiring_on_sigterm(worker), _leaving_when_unwanted(worker), patch.dict(os.environ, told):
         try:
             store = meet(task)
             dist.init_process_group(
@@ -161,10 +167,11 @@ def meet(task: RankTask) -> TCPStore:
 
 @contextlib.contextmanager
 def _leaving_when_unwanted(worker: Worker) -> Iterator[None]:
-    """Inside, a rank is made to end when its task is cancelled; it parts from the others after it.
+    """Inside, a rank is made to end when its task is cancelled, or its worker is to end.
 
     Dask cancels the task when its client ends or is lost, and a job does when one of its ranks
-    is lost.
+    is lost. A worker is to end when its lifetime is over, or somebody retires or closes it. The
+    rank parts from the others after it.
     """
     before = {(c.laddr, c.raddr) for c in _connections()}
     key = worker.get_current_task()
@@ -173,10 +180,13 @@ def _leaving_when_unwanted(worker: Worker) -> Iterator[None]:
     def watch() -> None:
         while not ended.wait(SECONDS_BETWEEN_LOOKS):
             task = worker.state.tasks.get(key)
+            if worker.status not in (Status.running, Status.paused):
+                RETIRE.set()
+                break
             if task is None or task.state == "cancelled":
                 LEAVE.set()
                 break
-        if ended.wait(SECONDS_TO_FAIL):
+        if ended.wait(SECONDS_TO_RETIRE if RETIRE.is_set() else SECONDS_TO_FAIL):
             return
         # It waits for another rank that will never answer.
         with contextlib.suppress(Exception):
@@ -188,6 +198,7 @@ def _leaving_when_unwanted(worker: Worker) -> Iterator[None]:
                     sock.shutdown(socket.SHUT_RDWR)
 
     LEAVE.clear()
+    RETIRE.clear()
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -196,8 +207,37 @@ def _leaving_when_unwanted(worker: Worker) -> Iterator[None]:
         ended.set()
         watcher.join()
         LEAVE.clear()
+        RETIRE.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _retiring_on_sigterm(worker: Worker) -> Iterator[None]:
+    """Inside, SIGTERM has the worker retire, where it would end the process at once.
+
+    A batch system sends it to every process of a job, to the worker as to its nanny, which
+    starts it again unless it is to end itself.
+    """
+    loop = worker.loop.asyncio_loop  # type: ignore[attr-defined]  # tornado's, over asyncio's
+
+    def retire(*_: Any) -> None:
+        close = worker.close_gracefully(restart=worker.nanny is not None, reason="SIGTERM")
+        loop.call_soon_threadsafe(asyncio.ensure_future, close)
+
+    async def handle(handler: Any) -> Any:
+        # Only the main thread may, and there are workers in other ones.
+        if threading.current_thread() is not threading.main_thread():
+            return None
+        return signal.signal(signal.SIGTERM, handler)
+
+    before = asyncio.run_coroutine_threadsafe(handle(retire), loop).result()
+    try:
+        yield
+    finally:
+        # A worker that closes has no loop any more, or soon.
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            asyncio.run_coroutine_threadsafe(handle(before), loop).result(SECONDS_BETWEEN_LOOKS)
 
 
 def _connections() -> list[Any]:

@@ -19,15 +19,23 @@ from typing import Any
 import torch.distributed as dist
 from distributed.scheduler import KilledWorker
 
-from gan_lib.base.errors import ClusterError, RunError, UserError, WorkerLostError, describe
+from gan_lib.base.errors import (
+    ClusterError,
+    RunError,
+    UserError,
+    WorkerLostError,
+    WorkerRetiredError,
+    describe,
+)
 from gan_lib.cluster.workers import Place, Watch, assign_places, replace_lost_workers
 from gan_lib.data.image_set import open_prepared
 from gan_lib.jobs.rank_group import RankGroup, start_ranks
+from gan_lib.jobs.rank_task import SECONDS_TO_RETIRE
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.files import PARAMETERS, REGROUP, STOP
 from gan_lib.results.run import open_run
 from gan_lib.results.writing import OwnWriter
-from gan_lib.training.rank import train_gan
+from gan_lib.training.rank import RETIRED, train_gan
 from gan_lib.training.result import TrainingResult
 
 SECONDS_BETWEEN_LOOKS = 0.3
@@ -87,7 +95,7 @@ class Supervisor:
         # When no worker was free, or wanted, for the last time.
         self._busy_at = time.monotonic()
         self._most: int | None = None
-        self._storage_failures = 0
+        self._failures = self._storage_failures = 0
         # What this process writes last of a job is that it parts from it.
         self._saying = threading.RLock()
         self._parted = False
@@ -118,9 +126,9 @@ class Supervisor:
                 error = self._try_on(places)
                 if error is not None:
                     self._note(error)
-                elif self._wants_more_workers():
+                elif self._left_to("regroup"):
                     wanted = len(places) + 1
-                else:
+                elif not self._left_to("retire"):
                     return
                 places = self._workers_to_go_on_with(wanted)
                 self._resume = True
@@ -183,9 +191,11 @@ class Supervisor:
         """Write down why there is another attempt, or raise `error` if there is none."""
         if not worth_a_retry(error):
             raise error
-        if len(self.restarts) == self._plan.max_restarts:
-            error.add_note(f"after {len(self.restarts)} restarts, which max_restarts allows")
-            raise error
+        if not self._left_in_peace(error):
+            if self._failures == self._plan.max_restarts:
+                error.add_note(f"after {self._failures} failures, and max_restarts allows no more")
+                raise error
+            self._failures += 1
         # A disk that is full stays so for a while; a lost worker is no reason to wait.
         self._storage_failures = self._storage_failures + 1 if isinstance(error, OSError) else 0
         if self._storage_failures > 1:
@@ -194,6 +204,20 @@ class Supervisor:
         self.restarts.append(f"{time.strftime('%H:%M:%S')} {said}")
         with contextlib.suppress(OSError):
             self._claim()
+
+    def _left_in_peace(self, error: BaseException) -> bool:
+        """Whether the ranks have kept a checkpoint and left a worker that is to end.
+
+        The worker is still there when Dask's scheduler knows it no more, and may write yet.
+        """
+        deadline = time.monotonic() + SECONDS_TO_RETIRE
+        while isinstance(error, WorkerRetiredError) and time.monotonic() < deadline:
+            with contextlib.suppress(OSError, RunError):
+                told = self.run.status()
+                if told.job == self._attempt and told.reason == RETIRED:
+                    return True
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        return False
 
     def _workers_to_go_on_with(self, wanted: int) -> list[Place]:
         """Wait for workers; none if somebody asks to stop meanwhile.
@@ -240,9 +264,10 @@ class Supervisor:
         if settled and not self._writer.exists(REGROUP) and self._writer.owns():
             self._writer.submit_result(REGROUP, "")
 
-    def _wants_more_workers(self) -> bool:
+    def _left_to(self, what: str) -> bool:
+        """Whether the ranks ended to "regroup" with more of them, or to let a worker "retire"."""
         first = self.results[0]
-        return isinstance(first, TrainingResult) and first.asked == "regroup" and first.stopped
+        return isinstance(first, TrainingResult) and first.asked == what and first.stopped
 
     def _most_ranks(self) -> int:
         """As many as are allowed, and have an image each in every step."""

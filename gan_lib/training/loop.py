@@ -14,9 +14,7 @@ from gan_lib.results.files import LOSSES
 from gan_lib.training.keeping import Keeper
 from gan_lib.training.measuring import Measuring
 from gan_lib.training.networks import Training
-from gan_lib.training.ranks import (
-    LEAVE,
-)
+from gan_lib.training.ranks import LEAVE
 from gan_lib.training.result import TrainingResult
 from gan_lib.training.stopwatch import Stopwatch
 
@@ -44,12 +42,11 @@ def run_epochs(
     stopwatch = Stopwatch()
     with ProgressBar(todo, "training", "step", show=show, forecast=True) as bar:
         while training.epoch < p.epochs and not asked and not measuring.enough():
-            leave = _run_steps(training, batches, keeper, records, stopwatch, bar)
+            asked = _run_steps(training, batches, keeper, records, stopwatch, bar)
             if training.steps_done < batches.steps_per_epoch:
                 keeper.keep_part(records, training.state())
-                asked = "now"
             else:
-                asked = _end_epoch(training, keeper, measuring, records, leave)
+                asked = _end_epoch(training, keeper, measuring, records, asked)
             all_records += records
             records = []
     reason = measuring.enough() if training.epoch < p.epochs else ""
@@ -79,8 +76,8 @@ def _run_steps(
     records: list[dict[str, Any]],
     stopwatch: Stopwatch,
     bar: ProgressBar,
-) -> bool:
-    """The steps of an epoch that are not done yet; True if the ranks are to stop at once."""
+) -> str:
+    """The steps of an epoch that are not done yet; why the ranks are to stop at once, if so."""
     p, ranks, epoch = training.parameters, training.ranks, training.epoch + 1
     losses: list[Tensor] = []
     for batch in stopwatch.over(batches.epoch(epoch, training.steps_done)):
@@ -88,10 +85,9 @@ def _run_steps(
         losses.append(torch.stack([found[name] for name in LOSSES]) * batch.weight)
         due = training.iteration % p.record_every == 0
         complete = training.steps_done == batches.steps_per_epoch
-        leave, now = False, LEAVE.is_set() and not ranks.distributed
+        asked, now = "", LEAVE.is_set() and not ranks.distributed
         if due or complete or now or len(losses) == STEPS_BETWEEN_EXCHANGES:
-            wish = LEAVE.is_set() or keeper.asked_now
-            steps, leave = ranks.exchange(losses, wish)
+            steps, asked = ranks.exchange(losses, LEAVE.is_set() or keeper.asked_now)
             training.check_losses(steps)
             losses = []
             if due:
@@ -100,9 +96,9 @@ def _run_steps(
                 records.append(place | means | stopwatch.record())
                 keeper.keep_records(epoch, records)
         bar.update(1, progress_text(records[-1], p.epochs) if records else "")
-        if leave:
-            return True
-    return False
+        if asked:
+            return asked
+    return ""
 
 
 def _end_epoch(
@@ -110,17 +106,18 @@ def _end_epoch(
     keeper: Keeper,
     measuring: Measuring,
     records: list[dict[str, Any]],
-    leave: bool,
+    asked: str,
 ) -> str:
-    """Bring the ranks together and keep what is due; what somebody asked for."""
+    """Bring the ranks together and keep what is due; what somebody asked for, now or before."""
     p, ranks = training.parameters, training.ranks
     training.average_statistics()
     training.epoch += 1
     training.steps_done = 0
-    asked = "now" if leave else ranks.from_first(keeper.asked)
+    asked = asked or ranks.from_first(keeper.asked)
     ends = training.epoch == p.epochs or asked == "epoch"
     # Who asks for the end now does not wait for a measurement.
-    quality = measuring.measure() if asked != "now" and measuring.due(ends) else None
+    at_once = asked in ("now", "retire")
+    quality = measuring.measure() if not at_once and measuring.due(ends) else None
     best = quality is not None and measuring.is_best()
     last = bool(asked) or training.epoch == p.epochs or best or bool(measuring.enough())
     if last or training.epoch % p.checkpoint_every == 0:

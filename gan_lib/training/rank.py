@@ -29,6 +29,9 @@ from gan_lib.training.ranks import (
 from gan_lib.training.result import TrainingResult
 from gan_lib.training.resuming import claim_run
 
+# What status.json says of a run that waits because a worker of it was asked to leave.
+RETIRED = "a worker was asked to leave"
+
 
 def train_gan(
     parameters: TrainingParameters | Mapping[str, Any] | None = None,
@@ -105,8 +108,12 @@ def train_gan(
             lines = ranks.from_first(keeper.measured)
             measuring = Measuring(training, images, network, lines, show)
             result = run_epochs(training, batches, keeper, measuring, records, show)
-            ended = "waiting" if result.asked == "regroup" else "stopped"
-            keeper.close(ended if result.stopped else "finished", result.reason)
+            retires = result.stopped and result.asked == "retire"
+            ended = "waiting" if retires or result.asked == "regroup" else "stopped"
+            reason = RETIRED if retires else result.reason
+            keeper.close(ended if result.stopped else "finished", reason)
+            # No rank ends, and lets its worker go, before all is written.
+            ranks.gather(None)
         except BaseException as error:
             keeper.fail(error)
             raise

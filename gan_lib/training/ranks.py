@@ -33,6 +33,8 @@ ATTEMPT_VARIABLE = "GAN_LIB_ATTEMPT"
 # Set when nobody waits any more for what this process's rank does: it should keep what it has
 # and end.
 LEAVE = threading.Event()
+# Set when the worker of this process's rank is to end, and others may go on without it.
+RETIRE = threading.Event()
 EMULATED = (
     "precision is bfloat16, but the hardware of some rank does not compute in it: it is emulated, "
     "up to a hundred times slower. Take auto or float32, in a new run"
@@ -63,11 +65,15 @@ class Ranks:
         dist.all_reduce(total)
         return total / self.world_size
 
-    def exchange(self, losses: list[Tensor], wish: bool) -> tuple[list[list[float]], bool]:
-        """The means of some steps' losses over the ranks, and whether any rank wishes to leave."""
-        mine = torch.stack([*losses, torch.full_like(losses[0], float(wish))])
-        *means, wishes = self.mean(mine).tolist()
-        return means, wishes[0] > 0
+    def exchange(self, losses: list[Tensor], stop: bool) -> tuple[list[list[float]], str]:
+        """The means of some steps' losses over the ranks, and what any rank wishes.
+
+        That is "now" if one wishes to `stop`, "retire" if the worker of one is to end, or empty.
+        """
+        wishes = torch.zeros_like(losses[0])
+        wishes[0], wishes[1] = float(stop), float(RETIRE.is_set())
+        *means, (stops, retires, *_) = self.mean(torch.stack([*losses, wishes])).tolist()
+        return means, "now" if stops else "retire" if retires else ""
 
     def from_first(self, compute: Callable[[], Any]) -> Any:
         """What rank 0 computes, or raises, on every rank."""

@@ -23,7 +23,8 @@ class TrainingResult:
         weights_sha256: of generator and discriminator, equal on all ranks.
         stopped: whether it was asked to stop before its last epoch.
         reason: why it ended by itself before that, in a sentence.
-        asked: for what: "epoch", "now" or "regroup" (to go on with more ranks).
+        asked: for what: "epoch", "now", "regroup" (to go on with more ranks) or "retire" (without
+            a worker that is to end).
         run: URL of the run directory, if one was written.
         records: one dictionary per recorded iteration (rank 0 only).
         quality: one dictionary per measured epoch, see `gan_lib.results.run.Run.quality`.
