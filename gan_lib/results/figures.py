@@ -72,8 +72,8 @@ def show_picture(
     # Few pixels are shown as squares; many are not worth the moiré.
     interpolation = "nearest" if picture.shape[0] < 256 else "antialiased"
     # From black to white, also where there is neither: a haze is to look like one.
-    look = {"cmap": "gray", "vmin": 0, "vmax": 255, "interpolation": interpolation}
-    axes.imshow(picture.squeeze(-1) if grey else picture, **look)
+    shown = picture.squeeze(-1) if grey else picture
+    axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation=interpolation)
     axes.set_title(title, fontsize=fontsize)
     axes.axis("off")
 
