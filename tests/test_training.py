@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,10 +25,11 @@ from gan_lib.gan.steps import Lesson, discriminator_step, generator_step
 from gan_lib.jobs.launching import run_ranks
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.run import open_run
-from gan_lib.training import background, ranks
+from gan_lib.training import background, ranks, stopwatch
+from gan_lib.training.networks import Training
 from gan_lib.training.rank import train_gan
 from gan_lib.training.ranks import Ranks, speed_of_bfloat16
-from gan_lib.training.stopwatch import Stopwatch
+from gan_lib.training.stopwatch import PARTS, Stopwatch
 
 
 def test_records_say_how_long_a_step_waits_for_data(
@@ -38,16 +41,43 @@ def test_records_say_how_long_a_step_waits_for_data(
 
 
 def test_records_say_how_fast_it_goes_now(tiny: TrainingParameters, silhouettes: ImageSet) -> None:
-    stopwatch = Stopwatch()
+    watch = Stopwatch()
 
     def slow_at_first() -> Iterator[Batch]:
         for pause, batch in zip((0.5, 0.0, 0.0), Batches(silhouettes, tiny).epoch(1), strict=True):
             time.sleep(pause)
             yield batch
 
-    first, *others = [stopwatch.record() for _ in stopwatch.over(slow_at_first())]
+    first, *others = [watch.record() for _ in watch.over(slow_at_first())]
     assert first["images_per_second"] <= 32 / 0.5
-    assert all(record["images_per_second"] > stopwatch.rate() for record in others)
+    assert all(record["images_per_second"] > watch.rate() for record in others)
+
+
+def test_records_say_where_the_time_goes(tiny: TrainingParameters, silhouettes: ImageSet) -> None:
+    records = train_gan(tiny, images=silhouettes, progress=False).records
+    for before, record in pairwise(records):
+        parts = [record[f"seconds_{part}"] for part in PARTS]
+        assert record["seconds_step"] > 0
+        assert sum(parts) <= record["time"] - before["time"] + 0.01
+
+
+def test_a_run_that_spends_too_much_beside_its_steps_says_on_what(
+    tmp_path: Path,
+    tiny: TrainingParameters,
+    silhouettes: ImageSet,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train_gan(tiny, images=silhouettes, progress=True)
+    assert "beside the steps" not in capsys.readouterr().out
+    monkeypatch.setattr(stopwatch, "SECONDS_WORTH_A_NOTE", 0.0)
+    monkeypatch.setattr(Training, "check_weights", lambda self: time.sleep(0.5))
+    place = str(tmp_path / "run")
+    train_gan(tiny, run=place, images=silhouettes, progress=True)
+    said = r"of the time went beside the steps: \d+% on keeping records, pictures and checkpoints"
+    assert re.search(said, capsys.readouterr().out)
+    open_run(place).watch()
+    assert re.search(said, capsys.readouterr().out)
 
 
 def test_gan_loss_is_the_published_one() -> None:

@@ -29,6 +29,7 @@ class RunStatus:
         job: the attempt that may write into it.
         restarts: why it was started again, a sentence for each time.
         reason: why it ended by itself before its last epoch.
+        note: on what it spent too much of its time, if it did.
     """
 
     state: str = "waiting"
@@ -37,6 +38,7 @@ class RunStatus:
     job: str = ""
     restarts: tuple[str, ...] = ()
     reason: str = ""
+    note: str = ""
 
 
 def read_info(data: bytes) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def watch_run(run: Run, goes_on: Callable[[], bool]) -> None:
             if not going:
                 picture.update(final=True)
                 bar.note(run.status().reason)
+                bar.note(run.status().note)
                 return
             time.sleep(SECONDS_BETWEEN_LOOKS)
 

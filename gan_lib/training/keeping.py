@@ -91,13 +91,14 @@ class Keeper:
         """What somebody asked for: "epoch", "now" or "regroup"; empty if nothing."""
         return ""
 
-    def close(self, state: str = "", reason: str = "") -> None:
+    def close(self, state: str = "", reason: str = "", note: str = "") -> None:
         """Wait until all is written.
 
         Args:
             state: what the run then is. What was asked for is fulfilled with it, and no longer
                 asked for; but a job that only regroups leaves the request of a person.
             reason: why it ended by itself before its last epoch.
+            note: what else is to be told of it.
 
         Raises:
             OSError: what a file could not be written for.
@@ -189,11 +190,11 @@ class RunKeeper(Keeper):
         regroup = self._attempt and self._writer.exists(REGROUP)
         return self._writer.request() or ("regroup" if regroup else "")
 
-    def close(self, state: str = "", reason: str = "") -> None:
+    def close(self, state: str = "", reason: str = "", note: str = "") -> None:
         if state:
-            self._background.submit(
-                self._set_status, state, **({"reason": reason} if reason else {})
-            )
+            told = {"reason": reason, "note": note}
+            told = {name: sentence for name, sentence in told.items() if sentence}
+            self._background.submit(self._set_status, state, **told)
             for request in (REGROUP,) if state == "waiting" else (REGROUP, STOP):
                 self._background.submit(self._writer.remove, request)
         self._background.close()

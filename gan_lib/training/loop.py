@@ -46,9 +46,11 @@ def run_epochs(
             if training.steps_done < batches.steps_per_epoch:
                 keeper.keep_part(records, training.state())
             else:
-                asked = _end_epoch(training, keeper, measuring, records, asked)
+                asked = _end_epoch(training, keeper, measuring, records, stopwatch, asked)
             all_records += records
             records = []
+        note = stopwatch.note()
+        bar.note(note)
     reason = measuring.enough() if training.epoch < p.epochs else ""
     return TrainingResult(
         rank=ranks.rank,
@@ -61,6 +63,7 @@ def run_epochs(
         weights_sha256=weights_checksum(*(n.state_dict() for n in training.networks.values())),
         stopped=bool(asked) and training.epoch < p.epochs and not reason,
         reason=reason,
+        note=note,
         asked=asked,
         run=None,
         records=all_records if ranks.rank == 0 else [],
@@ -81,20 +84,23 @@ def _run_steps(
     p, ranks, epoch = training.parameters, training.ranks, training.epoch + 1
     losses: list[Tensor] = []
     for batch in stopwatch.over(batches.epoch(epoch, training.steps_done)):
-        found = training.step(batch)
-        losses.append(torch.stack([found[name] for name in LOSSES]) * batch.weight)
+        with stopwatch.during("step"):
+            found = training.step(batch)
+            losses.append(torch.stack([found[name] for name in LOSSES]) * batch.weight)
         due = training.iteration % p.record_every == 0
         complete = training.steps_done == batches.steps_per_epoch
         asked, now = "", LEAVE.is_set() and not ranks.distributed
         if due or complete or now or len(losses) == STEPS_BETWEEN_EXCHANGES:
-            steps, asked = ranks.exchange(losses, LEAVE.is_set() or keeper.asked_now)
+            with stopwatch.during("step"):  # here a GPU is waited for
+                steps, asked = ranks.exchange(losses, LEAVE.is_set() or keeper.asked_now)
             training.check_losses(steps)
             losses = []
             if due:
                 place = {"iteration": training.iteration, "epoch": epoch}
                 means = dict(zip(LOSSES, steps[-1], strict=True))
-                records.append(place | means | stopwatch.record())
-                keeper.keep_records(epoch, records)
+                records.append(place | means | stopwatch.record() | training.memory())
+                with stopwatch.during("keeping"):
+                    keeper.keep_records(epoch, records)
         bar.update(1, progress_text(records[-1], p.epochs) if records else "")
         if asked:
             return asked
@@ -106,6 +112,7 @@ def _end_epoch(
     keeper: Keeper,
     measuring: Measuring,
     records: list[dict[str, Any]],
+    stopwatch: Stopwatch,
     asked: str,
 ) -> str:
     """Bring the ranks together and keep what is due; what somebody asked for, now or before."""
@@ -116,12 +123,15 @@ def _end_epoch(
     asked = asked or ranks.from_first(keeper.asked)
     ends = training.epoch == p.epochs or asked == "epoch"
     # Who asks for the end now does not wait for a measurement.
-    at_once = asked in ("now", "retire")
-    quality = measuring.measure() if not at_once and measuring.due(ends) else None
+    quality = None
+    if asked not in ("now", "retire") and measuring.due(ends):
+        with stopwatch.during("measuring"):
+            quality = measuring.measure()
     best = quality is not None and measuring.is_best()
     last = bool(asked) or training.epoch == p.epochs or best or bool(measuring.enough())
-    if last or training.epoch % p.checkpoint_every == 0:
-        training.check_weights()
-        ranks.require_equal_weights(training.networks)
-    keeper.keep_epoch(training, records, last, quality)
+    with stopwatch.during("keeping"):
+        if last or training.epoch % p.checkpoint_every == 0:
+            training.check_weights()
+            ranks.require_equal_weights(training.networks)
+        keeper.keep_epoch(training, records, last, quality)
     return asked

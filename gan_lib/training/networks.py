@@ -155,6 +155,12 @@ class Training:
                         f"{self.iteration}: {DIVERGED}"
                     )
 
+    def memory(self) -> dict[str, float]:
+        """For a record: gigabytes of a GPU's memory, at their most so far; empty on a CPU."""
+        if self.device.type != "cuda":
+            return {}
+        return {"device_memory_gb": round(torch.cuda.max_memory_allocated(self.device) / 1e9, 3)}
+
     def state(self) -> dict[str, Any]:
         """All that is needed to go on exactly here.
 

@@ -111,7 +111,7 @@ def train_gan(
             retires = result.stopped and result.asked == "retire"
             ended = "waiting" if retires or result.asked == "regroup" else "stopped"
             reason = RETIRED if retires else result.reason
-            keeper.close(ended if result.stopped else "finished", reason)
+            keeper.close(ended if result.stopped else "finished", reason, result.note)
             # No rank ends, and lets its worker go, before all is written.
             ranks.gather(None)
         except BaseException as error:

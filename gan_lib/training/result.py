@@ -23,6 +23,7 @@ class TrainingResult:
         weights_sha256: of generator and discriminator, equal on all ranks.
         stopped: whether it was asked to stop before its last epoch.
         reason: why it ended by itself before that, in a sentence.
+        note: on what too much of the time was spent, in a sentence.
         asked: for what: "epoch", "now", "regroup" (to go on with more ranks) or "retire" (without
             a worker that is to end).
         run: URL of the run directory, if one was written.
@@ -41,6 +42,7 @@ class TrainingResult:
     weights_sha256: str
     stopped: bool
     reason: str
+    note: str
     asked: str
     run: str | None
     records: list[dict[str, Any]] = field(repr=False, default_factory=list)

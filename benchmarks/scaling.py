@@ -1,0 +1,295 @@
+r"""What do more ranks bring, and what would a thousand?
+
+    python benchmarks/scaling.py [--address tcp://SCHEDULER:8786] [--ranks 1 2] [--picture P]
+    python benchmarks/scaling.py --predict [--gbit 1 10 100]
+    python benchmarks/scaling.py --links 50 200 800
+
+The first measures: the same batch over more ranks (strong scaling), and as many images for each
+rank (weak scaling). The second computes what 2 to 1,000 ranks would do, from the steps of one
+rank and the rate of an all-reduce, measured between the workers or given. The third checks that:
+2 and 4 ranks in network namespaces of this machine, between which Linux lets through so many
+Mbit/s (root only): predicted first, then measured.
+
+The model: a rank's step takes a constant and a time for each image; all ranks that share a core
+take turns. An exchange of b bytes over n ranks takes 2 (n - 1) / n * b / rate, as in a ring
+(Patarasuk and Yuan 2009), and nothing of it is hidden behind computing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+os.environ |= {"GAN_LIB_HEADLESS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.distributed as dist
+from distributed import Client
+
+from gan_lib.base.memory import keep_freed_memory
+from gan_lib.cluster.starting import close_cluster, connect, start_cluster
+from gan_lib.data.batches import Batches
+from gan_lib.data.image_set import ImageSet
+from gan_lib.jobs.launching import run_ranks
+from gan_lib.parameters import TrainingParameters
+from gan_lib.training.networks import Training
+from gan_lib.training.ranks import Ranks, pick_device
+
+DOGS = 20_580  # images of an epoch of Stanford Dogs
+RANKS = (2, 10, 100, 1000)
+
+
+def seconds_per_step(p: TrainingParameters, steps: int = 12) -> dict[str, float]:
+    """Of this rank: the median step; the bytes that it exchanges in one; the rate of that."""
+    keep_freed_memory()
+    ranks = Ranks()
+    device = pick_device(p.device)
+    pixels = np.random.default_rng(0).integers(
+        256, size=(max(256, p.batch_size), p.image_size, p.image_size, p.channels), dtype=np.uint8
+    )
+    images = ImageSet(pixels, np.zeros(len(pixels), np.int64), ("image",))
+    training = Training(p, ranks, device)
+    batches = Batches(images, p, ranks.rank, ranks.world_size, device)
+    endless = (batch for epoch in range(1, 1 + 4 * steps) for batch in batches.epoch(epoch))
+    found = []
+    for step, batch in enumerate(endless):
+        began = time.perf_counter()
+        training.step(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - began)
+        if step == 3 + steps:
+            break
+    weights = [w for network in training.networks.values() for w in network.parameters()]
+    told = {"seconds": statistics.median(found[4:]), "bytes": 4.0 * sum(w.numel() for w in weights)}
+    return told | ({"rate": all_reduce_rate(device)} if ranks.distributed else {})
+
+
+def all_reduce_rate(device: torch.device, size: int = 4 * 2**20) -> float:
+    """Bytes per second through each rank's link while it adds up `size` bytes with the others."""
+    values, n = torch.ones(size // 4, device=device), dist.get_world_size()
+    found = []
+    for _ in range(4):
+        dist.barrier()
+        began = time.perf_counter()
+        dist.all_reduce(values)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - began)
+    return 2 * (n - 1) / n * size / statistics.median(found)
+
+
+class Model:
+    """What a step would take, from the steps of one rank with two sizes of batches."""
+
+    def __init__(self, small: float, n_small: int, large: float, n_large: int, size: float):
+        self.per_image = (large - small) / (n_large - n_small)
+        self.constant = max(0.0, small - self.per_image * n_small)
+        self.bytes = size
+
+    def step(self, batch: int, ranks: int, rate: float, ranks_per_core: float = 1.0) -> float:
+        """Seconds of a step of `ranks`, joined by links of `rate` bytes per second."""
+        computing = (self.constant + self.per_image * batch / ranks) * ranks_per_core
+        return computing + 2 * (ranks - 1) / ranks * self.bytes / rate
+
+    def efficiency(self, batch: int, ranks: int, rate: float) -> float:
+        """What part of `ranks` times one rank's images per second they reach together."""
+        return self.step(batch, 1, rate) / ranks / self.step(batch, ranks, rate)
+
+    def batch_for(self, efficiency: float, ranks: int, rate: float) -> int:
+        """The smallest power of two that reaches it; 0 if none up to four million does."""
+        sizes = (2**k for k in range(23) if 2**k >= ranks)
+        return next((b for b in sizes if self.efficiency(b, ranks, rate) >= efficiency), 0)
+
+
+def model_of(p: TrainingParameters, client: Client) -> Model:
+    """From the first worker alone."""
+    told = []
+    for batch in (p.batch_size // 4, p.batch_size):
+        told += run_ranks(
+            client, seconds_per_step, 1, device=p.device, p=p.replace(batch_size=batch)
+        )
+    small, large = told
+    sizes = small["seconds"], p.batch_size // 4, large["seconds"], p.batch_size
+    return Model(*sizes, large["bytes"])
+
+
+def measure(p: TrainingParameters, client: Client, ranks: list[int], picture: str | None) -> None:
+    """Print, and draw, what each number of ranks reaches."""
+    rates: dict[str, list[float]] = {"strong": [], "weak": []}
+    print_row("scaling", "ranks", "batch", "images/s", "efficiency", "ms a step")
+    print_row(*["---"] * 6)
+    for kind, found in rates.items():
+        for n in ranks:
+            batch = p.batch_size * (n if kind == "weak" else 1)
+            told = p.replace(batch_size=batch)
+            steps = run_ranks(client, seconds_per_step, n, device=p.device, p=told)
+            seconds = max(step["seconds"] for step in steps)
+            found.append(batch / seconds)
+            efficiency = found[-1] / found[0] * ranks[0] / n
+            figures = f"{found[-1]:,.0f}", f"{efficiency:.2f}", f"{1e3 * seconds:.1f}"
+            print_row(kind, str(n), str(batch), *figures)
+    if picture:
+        figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
+        for kind, found in rates.items():
+            axes.plot(ranks, found, "o-", label=kind)
+        ideal = [rates["strong"][0] * n / ranks[0] for n in ranks]
+        axes.plot(ranks, ideal, "--", color="0.5", label="ideal")
+        axes.set(title="images per second by ranks", xlabel="ranks", ylabel="images/s", ylim=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend()
+        figure.savefig(picture, dpi=120)
+        print(picture)
+
+
+def predict(p: TrainingParameters, client: Client, gbit: list[float]) -> None:
+    """Print what 2 to 1,000 ranks would do, each with a core or a GPU like that of the first."""
+    model = model_of(p, client)
+    rates = {f"{g:g} Gbit/s": g * 1e9 / 8 for g in gbit}
+    if not rates:
+        n = len(client.nthreads())
+        told = run_ranks(client, seconds_per_step, n, device=p.device, p=p)
+        rate = min(t.get("rate", float("inf")) for t in told)
+        rates = {f"measured, {rate * 8e-9:.1f} Gbit/s": rate}
+    print(
+        f"a step of one rank: {1e3 * model.constant:.1f} ms and {1e3 * model.per_image:.3f} ms for "
+        f"each image; {model.bytes / 1e6:.1f} MB are exchanged\n"
+    )
+    print_row("link", "ranks", "batch", "images/s", "efficiency", "epoch of dogs, s", "0.9 from")
+    print_row(*["---"] * 7)
+    for name, rate in rates.items():
+        for n in RANKS:
+            batch = max(p.batch_size, 16 * n)
+            speed = batch / model.step(batch, n, rate)
+            fits = model.batch_for(0.9, n, rate)
+            print_row(
+                name, f"{n:,}", f"{batch:,}", f"{speed:,.0f}",
+                f"{model.efficiency(batch, n, rate):.2f}", f"{DOGS / speed:.1f}",
+                f"{fits:,}" if fits else "never",
+            )  # fmt: skip
+
+
+@contextlib.contextmanager
+def namespaces(n: int, mbit: float) -> Iterator[list[str]]:
+    """Network namespaces on one bridge, each of which sends at most `mbit` Mbit/s."""
+    names = [f"gan{i}" for i in range(n)]
+
+    def ip(*told: str) -> None:
+        subprocess.run(["ip", *told], check=True)
+
+    ip("link", "add", "ganbridge", "type", "bridge")
+    try:
+        ip("link", "set", "ganbridge", "up")
+        for i, name in enumerate(names):
+            ip("netns", "add", name)
+            ip("link", "add", f"outer{i}", "type", "veth", "peer", "name", "inner", "netns", name)
+            ip("link", "set", f"outer{i}", "master", "ganbridge", "up")
+            ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "inner")
+            for link in ("lo", "inner"):
+                ip("-n", name, "link", "set", link, "up")
+            limit = f"rate {mbit}mbit burst 256kb latency 400ms".split()
+            limited = ["tc", "-n", name, "qdisc", "add", "dev", "inner", "root", "tbf", *limit]
+            subprocess.run(limited, check=True)
+        yield names
+    finally:
+        # Links first: with its namespace, a link goes some time later.
+        for i, name in enumerate(names):
+            for end in (["link", "del", f"outer{i}"], ["netns", "del", name]):
+                subprocess.run(["ip", *end], check=False)
+        ip("link", "del", "ganbridge")
+
+
+def as_rank(p: TrainingParameters, rank: int, n: int) -> None:
+    """In a namespace: take part, and print what was found."""
+    torch.set_num_threads(1)
+    if n > 1:
+        os.environ.update(MASTER_ADDR="10.77.0.1", MASTER_PORT="29500", GLOO_SOCKET_IFNAME="inner")
+        dist.init_process_group("gloo", rank=rank, world_size=n)
+    print(json.dumps(seconds_per_step(p)), flush=True)
+
+
+def run_apart(p: TrainingParameters, names: list[str]) -> list[dict[str, Any]]:
+    """One rank in each namespace; without names, one rank where this process is."""
+    n = max(1, len(names))
+    # Those of one machine share its cores.
+    told = ["--batch", str(p.batch_size), "--size", str(p.image_size), "--width", str(p.ngf)]
+    ranks = []
+    for rank in range(n):
+        inside = ["ip", "netns", "exec", names[rank]] if names else []
+        command = [*inside, sys.executable, __file__, *told, "--as-rank", str(rank), str(n)]
+        ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    return [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
+
+
+def check(p: TrainingParameters, mbit: list[float]) -> None:
+    """Print what is predicted for 2 and 4 ranks over slow links, and then what they do."""
+    (small,), (large,) = (
+        run_apart(p.replace(batch_size=n), []) for n in (p.batch_size // 4, p.batch_size)
+    )
+    sizes = small["seconds"], p.batch_size // 4, large["seconds"], p.batch_size
+    model = Model(*sizes, large["bytes"])
+    print_row("ranks", "Mbit/s", "predicted, ms", "measured, ms", "measured / predicted")
+    print_row(*["---"] * 5)
+    for n in (2, 4):
+        crowd = max(1.0, n / (os.cpu_count() or 1))
+        for rate in mbit:
+            predicted = model.step(p.batch_size, n, rate * 1e6 / 8, crowd)
+            print(f"| {n} | {rate:g} | {1e3 * predicted:.0f} |", end=" ", flush=True)
+            with namespaces(n, rate) as names:
+                seconds = max(rank["seconds"] for rank in run_apart(p, names))
+            print(f"{1e3 * seconds:.0f} | {seconds / predicted:.2f} |", flush=True)
+
+
+def print_row(*cells: str) -> None:
+    """Of a Markdown table."""
+    print(f"| {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--address", help="of a scheduler; without, workers on this machine")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--size", type=int, default=32, help="pixels per side")
+    parser.add_argument("--width", type=int, default=32, help="ngf and ndf")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--predict", action="store_true")
+    parser.add_argument("--gbit", type=float, nargs="*", default=[], help="rates of the links")
+    parser.add_argument("--links", type=float, nargs="+", help="Mbit/s to check the prediction at")
+    parser.add_argument("--picture", help="draw into this file")
+    parser.add_argument("--as-rank", type=int, nargs=2, help=argparse.SUPPRESS)
+    told = parser.parse_args()
+    p = TrainingParameters(
+        image_size=told.size, ngf=told.width, ndf=told.width, batch_size=told.batch,
+        device=told.device, precision=told.precision,
+    )  # fmt: skip
+    if told.as_rank:
+        as_rank(p, *told.as_rank)
+    elif told.links:
+        check(p, told.links)
+    else:
+        client = connect(told.address) if told.address else start_cluster(max(told.ranks))
+        try:
+            if told.predict:
+                predict(p, client, told.gbit)
+            else:
+                measure(p, client, told.ranks, told.picture)
+        finally:
+            close_cluster(client)
+
+
+if __name__ == "__main__":
+    main()
