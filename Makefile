@@ -4,15 +4,39 @@ PROFILE ?= quick
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+# TORCH=cpu leaves out the 4 GB that only a GPU needs. WHEELHOUSE=folder installs from what
+# `make wheelhouse` has written, without a network.
+TORCH ?=
+WHEELHOUSE ?=
+ifneq ($(filter-out cpu,$(TORCH)),)
+$(error TORCH is $(TORCH): it can be cpu, or left out)
+endif
+ifneq ($(WHEELHOUSE),)
+ifeq ($(wildcard $(WHEELHOUSE)/*.whl),)
+$(error there are no wheels in $(WHEELHOUSE): `make wheelhouse` on a machine with a network writes them)
+endif
+FROM := --no-index --find-links $(abspath $(WHEELHOUSE))
+endif
+# The lock, which with TORCH=cpu is all but torch: PyPI has no build of it without CUDA. That comes
+# from PyTorch's own index, in the same version, and without a hash, because it is another file.
+LOCK := $(VENV)/$(or $(TORCH),all).lock
+WITHOUT := $(if $(TORCH),^(torch|torchvision|triton|nvidia-.*|cuda-.*)==,^$$)
+CPU_TORCH := --no-deps -r constraints.txt $(or $(FROM),--index-url https://download.pytorch.org/whl/cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial lab test test-all lint format lock clean
+.PHONY: help tutorial wheelhouse lab test test-all lint format lock clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
 
 tutorial: $(READY)  ## run the five notebooks; PROFILE=name or a YAML file, default quick
 	@$(PY) -m gan_lib run --profile $(PROFILE)
+
+wheelhouse: $(READY)  ## write what installs without a network to wheelhouse/; TORCH=cpu: 4 GB less
+	@echo "downloading what is in requirements.lock to wheelhouse/: $(if $(TORCH),1,4) GB"
+	@$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes -r $(LOCK) -d wheelhouse
+	@$(if $(TORCH),$(PY) -m pip download --quiet --disable-pip-version-check $(CPU_TORCH) -d wheelhouse)
+	@echo "take this folder along, and there: make tutorial WHEELHOUSE=wheelhouse$(if $(TORCH), TORCH=$(TORCH))"
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	@$(VENV)/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/01_data.ipynb
@@ -41,9 +65,11 @@ clean:  ## remove the environment and caches; runs and executed notebooks stay
 # so an interrupted installation is taken up again.
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
-	@echo "installing torch and what else is in requirements.lock into $(VENV): 6 GB, 2 to 5 minutes"
+	@echo "installing torch and what else is in requirements.lock into $(VENV): $(if $(TORCH),2,6) GB, 2 to 5 minutes"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes -r requirements.lock
+	@awk '/^[a-z]/ { left_out = /$(WITHOUT)/ } !left_out' requirements.lock > $(LOCK)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes $(FROM) -r $(LOCK)
+	@$(if $(TORCH),$(PY) -m pip install --quiet --disable-pip-version-check --no-compile $(CPU_TORCH))
 	@$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
 # Python compiles what is imported, here and not in every process of the first run.
 	@PYTHONDONTWRITEBYTECODE= $(PY) -c "import gan_lib.jobs.launching, gan_lib.cli.notebooks, ipykernel.kernelapp, s3fs, tensorboard.summary.writer.record_writer, torch.utils.data, dask_pytorch_ddp.dispatch, distributed.nanny"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -87,6 +89,40 @@ def test_pre_commit_strips_notebooks() -> None:
     for path in notebooks:
         text = path.read_text()
         assert nbformat.writes(nbformat.reads(text, as_version=4)) == text.removesuffix("\n"), path
+
+
+def make(*words: str) -> subprocess.CompletedProcess[str]:
+    """What make would do, in an environment that is not there yet."""
+    command = ["make", "--dry-run", "--always-make", *words]
+    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+
+
+def test_a_room_is_installed_without_cuda_and_without_a_network(tmp_path: Path) -> None:
+    # What is done is what is told, with the lock that is written on the way.
+    (awk,) = [x for x in make("tutorial", "TORCH=cpu").stdout.splitlines() if x.startswith("awk")]
+    script = awk.partition(" > ")[0]
+    left = subprocess.run(script, shell=True, cwd=CHECKOUT, capture_output=True, text=True).stdout
+    pins = re.findall(r"^([a-z0-9-]+)==", (CHECKOUT / "requirements.lock").read_text(), re.M)
+    kept = re.findall(r"^([a-z0-9-]+)==", left, re.M)
+    gone = {name for name in pins if name not in kept}
+    assert {"torch", "torchvision", "triton", "nvidia-nccl-cu13", "cuda-toolkit"} <= gone
+    assert {name.partition("-")[0] for name in gone} == {"torch", "torchvision", "triton",
+                                                         "nvidia", "cuda"}  # fmt: skip
+    assert left.count("--hash=sha256:") >= len(kept)
+    with_network = make("tutorial", "TORCH=cpu").stdout
+    assert "-r constraints.txt --index-url https://download.pytorch.org/whl/cpu" in with_network
+    (tmp_path / "one.whl").touch()
+    without = make("tutorial", f"WHEELHOUSE={tmp_path}").stdout
+    assert without.count(f"--no-index --find-links {tmp_path}") == 1
+    assert "index-url" not in make("tutorial", f"WHEELHOUSE={tmp_path}", "TORCH=cpu").stdout
+    assert "TORCH is cuda: it can be cpu" in make("tutorial", "TORCH=cuda").stderr
+    assert "there are no wheels in nowhere" in make("tutorial", "WHEELHOUSE=nowhere").stderr
+
+
+def test_a_container_is_told_in_json() -> None:
+    told = json.loads((CHECKOUT / ".devcontainer" / "devcontainer.json").read_text())
+    assert "make .venv/.ready TORCH=cpu" in told["postCreateCommand"]
+    assert "make .venv/.ready TORCH=cpu" in (CHECKOUT / "binder" / "postBuild").read_text()
 
 
 def test_make_lab_works_for_root() -> None:
