@@ -29,7 +29,7 @@ def row(text: str, name: str) -> list[float]:
 @pytest.mark.long
 def test_the_failures_of_notebook_03_are_failures(tmp_path: Path) -> None:
     values = series_values(["03_parameters"], read_profile("quick"), {})
-    done = run_notebooks(["03_parameters"], values, "claims", folder=str(tmp_path))
+    done = run_notebooks(["03_parameters"], values, "claims", str(tmp_path), core=True)
     said = tables(done.folder / "03_parameters.ipynb")
     kid, variety, _ = row(said, "default")
     fast = row(said, "learning rates x 10")

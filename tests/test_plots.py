@@ -172,6 +172,17 @@ def test_names_are_no_formulas(run: Run, silhouettes: ImageSet) -> None:
     assert not any("$" in tick for tick in ticks)
 
 
+def test_losses_that_run_away_are_shown_by_powers_of_ten(run: Run) -> None:
+    away = run.records().assign(loss_g=lambda table: 2.0 ** table["iteration"])
+    (axes,) = plots.plot_comparison({"away": away}, "loss_g", smooth=1, log=True).axes
+    axes.figure.savefig(io.BytesIO(), format="png")
+    assert axes.get_yscale() == "log"
+    assert "logarithmic" in axes.get_ylabel()
+    ticks = [label.get_text() for label in axes.get_yticklabels(which="both")]
+    assert "100" in ticks
+    assert not any("$" in tick for tick in ticks)
+
+
 def test_bars_that_differ_hundredfold_are_all_seen() -> None:
     close = plots.plot_bars({"a": 53, "b": 1689}, "speed", "images/s").axes[0]
     assert close.get_yscale() == "linear"

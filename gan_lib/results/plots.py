@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from gan_lib.data.image_set import ImageSet
 from gan_lib.results.figures import (
@@ -207,7 +208,9 @@ def _draw_losses(axes: Axes, records: pd.DataFrame, smooth: int, losses: Sequenc
 
 def _logarithmic(axes: Axes) -> None:
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:,g}")  # matplotlib's own writes formulas
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel(f"{axes.get_ylabel()}, logarithmic")
 
 
