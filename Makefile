@@ -38,8 +38,12 @@ wheelhouse: $(READY)  ## write what installs without a network to wheelhouse/; T
 	@$(if $(TORCH),$(PY) -m pip download --quiet --disable-pip-version-check $(CPU_TORCH) -d wheelhouse)
 	@echo "take this folder along, and there: make tutorial WHEELHOUSE=wheelhouse$(if $(TORCH), TORCH=$(TORCH))"
 
+# No questions at the start, and the table of contents beside the first notebook: .jupyter says so.
+lab: export JUPYTERLAB_WORKSPACES_DIR = $(CURDIR)/$(VENV)/workspaces
 lab: $(READY)  ## open the notebooks in JupyterLab
-	@$(VENV)/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/01_data.ipynb
+	@install -D -m 644 .jupyter/overrides.json $(VENV)/share/jupyter/lab/settings/overrides.json
+	@mkdir -p $(JUPYTERLAB_WORKSPACES_DIR) && cp .jupyter/workspaces/* $(JUPYTERLAB_WORKSPACES_DIR)
+	@$(VENV)/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --notebook-dir=. --LabApp.default_url=/lab/workspaces/series/tree/notebooks/01_data.ipynb
 
 test: $(READY)  ## run the tests
 	@$(PY) -m pytest tests

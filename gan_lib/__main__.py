@@ -84,10 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, SystemExit) as error:
         print("interrupted; what was done is kept, and nothing half done is left", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 143
-    print(f"executed notebooks, with an HTML of each: {done.folder}")
-    print(f"pictures:                                 {done.folder / 'pictures'}")
+    print(f"executed notebooks, to be read in a browser: {done.folder / 'index.html'}")
+    print(f"pictures:                                    {done.folder / 'pictures'}")
     if done.run is not None:
-        print(f"run directory:                            {done.run}")
+        print(f"run directory:                               {done.run}")
     return 0
 
 

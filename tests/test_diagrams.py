@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 import pytest
 
-from gan_lib.results import diagrams
+from gan_lib.results import cluster_diagrams, diagrams
 from gan_lib.results.figures import HouseFigure
 
 DIAGRAMS = [
     function
-    for name, function in inspect.getmembers(diagrams, inspect.isfunction)
+    for module in (diagrams, cluster_diagrams)
+    for name, function in inspect.getmembers(module, inspect.isfunction)
     if name.startswith("draw_") and not inspect.signature(function).parameters
 ]
 

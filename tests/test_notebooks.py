@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import nbformat
@@ -18,6 +18,7 @@ import pytest
 import yaml
 from distributed import Client
 from foreign import started
+from playwright.sync_api import sync_playwright
 
 from gan_lib.__main__ import main
 from gan_lib.base.errors import NotebookError, ParameterError
@@ -192,6 +193,73 @@ def test_executes(name: str, executed: tuple[Executed, dict[str, Any]]) -> None:
             shown += sum("image/png" in output.get("data", {}) for output in cell.outputs)
     assert shown >= 2  # there is something to look at
     assert (done.folder / f"{name}.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pages_show_what_readers_need(name: str, executed: tuple[Executed, dict[str, Any]]) -> None:
+    folder = executed[0].folder
+    page = (folder / f"{name}.html").read_text()
+    cells = nbformat.read(folder / f"{name}.ipynb", as_version=4).cells
+    kinds = [kind for c in cells for o in c.get("outputs", []) for kind in o.get("data", {})]
+    images = re.findall(r'<img[^>]* src="data:image/\w+;base64,([^"]+)"', page)
+    # Every picture, animations too, and none that is heavy.
+    assert len(images) == kinds.count("image/png") + kinds.count("image/gif")
+    assert "IPython.core.display" not in page
+    assert all(len(image) < 400_000 for image in images)
+    # Asides and solutions are folded; nothing is fetched from elsewhere.
+    folded = sum("solution" in c.metadata.get("tags", []) for c in cells)
+    folded += sum("jp-MarkdownHeadingCollapsed" in c.metadata for c in cells)
+    assert page.count('<details class="fold">') == folded
+    assert page.count("<details") == page.count("</details>")
+    assert not re.findall(r'<(?:script|link)[^>]* (?:src|href)="http', page)
+    for target in re.findall(r'href="([^"#:]+)["#]', page):
+        assert (folder / target).exists(), target
+
+
+def test_an_index_leads_to_everything(executed: tuple[Executed, dict[str, Any]]) -> None:
+    folder, profile = executed[0].folder, executed[1]
+    page = (folder / "index.html").read_text()
+    for target in re.findall(r'(?:href|src)="([^"#:]+)["#]', page):
+        assert (folder / target).exists(), target
+    for name in NAMES:
+        assert f'href="{name}.html"' in page
+        assert re.search(rf'src="pictures/{name}-\d+\.', page)
+    assert f"in {profile['epochs']} epochs" in page
+    assert str(executed[0].run) in page
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_in_a_browser(
+    scheme: Literal["light", "dark"], executed: tuple[Executed, dict[str, Any]]
+) -> None:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium here: apt-get install chromium")
+    broken = "[...document.images].filter(image => !image.naturalWidth).length"
+    with sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        view = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+        asked: list[str] = []
+        view.on("request", lambda request: asked.append(request.url))
+        for name in (*NAMES, "index"):
+            view.goto((executed[0].folder / f"{name}.html").as_uri())
+            assert view.evaluate("document.images.length") >= 2
+            assert view.evaluate(broken) == 0
+            assert view.evaluate("document.documentElement.scrollWidth") <= 1280
+            background = view.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == (scheme == "dark")
+            if name == "index":
+                continue
+            source = view.locator("pre", has_text="def ").first
+            assert "mono" in source.evaluate("e => getComputedStyle(e).fontFamily")
+            solution = view.locator("details.fold:not(details details)", has_text="Solution").first
+            inside = solution.locator("pre").first
+            assert not inside.is_visible()
+            solution.locator("summary").first.click()
+            assert inside.is_visible()
+        assert all(url.startswith(("file:", "data:")) for url in asked)
+        browser.close()
 
 
 def test_the_short_runs_are_as_long_as_they_were_told(

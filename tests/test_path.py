@@ -18,7 +18,7 @@ from gan_lib.cli.profiles import notebook_names
 
 NAMES = notebook_names()
 # How long a reader takes: reckoned, so that a schedule can be made of it.
-WORDS_A_MINUTE, SECONDS_A_CELL, MINUTES_AN_EXERCISE = 200, 20, 4
+WORDS_A_MINUTE, SECONDS_A_CELL, MINUTES_AN_EXERCISE = 200, 15, 4
 
 
 def tags(cell: nbformat.NotebookNode) -> list[str]:

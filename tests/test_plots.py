@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -30,6 +31,12 @@ def run(tiny: TrainingParameters, tmp_path_factory: pytest.TempPathFactory) -> R
     train_gan(tiny, run=place)
     return open_run(place)
 
+
+TASKS = [
+    {"worker": worker, "startstops": [{"action": "compute", "start": 3.0 + i, "stop": 3.5 + i}]}
+    for i, worker in enumerate(("tcp://a", "tcp://b", "tcp://a"))
+]
+GRADIENTS = [[np.array([1.0, -2.0]), np.array([3.0, 0.0])], [np.array([2.0, -1.0])] * 2]
 
 PLOTS: dict[str, Callable[[Run, ImageSet], Any]] = {
     "plot_images": lambda run, images: plots.plot_images(images.pixels[:9], "dogs"),
@@ -54,7 +61,9 @@ PLOTS: dict[str, Callable[[Run, ImageSet], Any]] = {
         {"a": run.records().set_index("iteration")[["loss_d", "loss_g"]]}, "loss"
     ),
     "plot_shares": lambda run, images: plots.plot_shares(epoch_shares(96, 32, 2, 0, 1), "shares"),
-    "plot_clock": lambda run, images: plots.plot_clock(run),
+    "plot_clock": lambda run, images: plots.plot_clock(run, run.records(), {"killed": 0.0}),
+    "plot_task_stream": lambda run, images: plots.plot_task_stream(TASKS),
+    "plot_all_reduce": lambda run, images: plots.plot_all_reduce(*GRADIENTS),
     "plot_progress": lambda run, images: plots.plot_progress(run),
 }
 
@@ -148,6 +157,25 @@ def test_source_is_shown_as_it_is() -> None:
     shown = plots.show_source(epoch_shares, ImageSet)
     assert inspect.getsource(epoch_shares).rstrip() in shown.data
     assert "class ImageSet" in shown.data
+
+
+def test_the_clock_shows_what_was_done_twice(run: Run) -> None:
+    records = run.records()
+    again = records.iloc[-2:].assign(time=records["time"].iloc[-2:] - 1.0)
+    figure = plots.plot_clock(run, pd.concat([records, again]), {"killed": records["time"].min()})
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    assert lines["done, and done again: 2 records"].get_xdata().size == 2
+    assert list(lines["killed"].get_xdata()) == [0.0, 0.0]
+    steps = run.info()["steps_per_epoch"]
+    checkpoints = [steps * epoch for epoch in run.epochs("checkpoints")]
+    assert list(lines["checkpoint"].get_ydata()) == checkpoints != []
+
+
+def test_calls_lie_on_the_row_of_their_worker() -> None:
+    (axes,) = plots.plot_task_stream(TASKS).axes
+    bars = [(bar.get_x(), round(bar.get_y() + bar.get_height() / 2)) for bar in axes.patches]
+    assert sorted(bars) == [(0.0, 0), (1.0, 1), (2.0, 0)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["worker 0", "worker 1"]
 
 
 def test_names_are_no_formulas(run: Run, silhouettes: ImageSet) -> None:

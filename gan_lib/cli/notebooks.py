@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import io
 import os
@@ -11,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from unittest.mock import patch
 import nbformat
 import papermill
 from jupyter_core.utils import ensure_async, run_sync
-from nbconvert import HTMLExporter
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
@@ -32,13 +30,12 @@ from gan_lib.base.errors import NotebookError, ParameterError, RunError
 from gan_lib.base.interrupts import interruptible
 from gan_lib.base.progress import HEADLESS_VARIABLE, NOTE, SECONDS_BETWEEN_LINES, parse_progress
 from gan_lib.cli import profiles
+from gan_lib.cli.exporting import export_notebook, write_index
 from gan_lib.cli.profiles import notebook_parameters
 from gan_lib.results.files import RUNS
 from gan_lib.results.run import open_run
 
 EXECUTED = CHECKOUT / "executed"
-# The endings of the pictures that a cell can show.
-PICTURES = {"image/png": ".png", "image/gif": ".gif"}
 # How long a kernel may take to end: what it has launched stops with a checkpoint first.
 SECONDS_TO_END = 40.0
 # When a cell that still runs is interrupted again: a kernel between two cells does not hear it.
@@ -50,7 +47,7 @@ class Executed:
     """What an execution of the series leaves.
 
     Attributes:
-        folder: of the executed notebooks, an HTML of each, and `pictures/`.
+        folder: of the executed notebooks, an HTML of each, `index.html` and `pictures/`.
         run: URL of the run directory that notebook 04 wrote and 05 read, if they were run.
     """
 
@@ -105,7 +102,8 @@ def run_notebooks(
             try:
                 _execute(name, book, told, target, progress, stop)
             finally:
-                _export(target / f"{name}.ipynb")
+                export_notebook(target / f"{name}.ipynb")
+                write_index(target, names, run)
     return Executed(target, run)
 
 
@@ -308,22 +306,3 @@ class _SeriesProgress(io.TextIOBase):
         self._cells.close()
         if kind is None:
             self._end_notebook()
-
-
-def _export(path: Path) -> None:
-    """Next to an executed notebook: an HTML of it, and its pictures."""
-    if not path.exists():
-        return
-    notebook = nbformat.read(path, as_version=4)
-    html, _ = HTMLExporter().from_notebook_node(notebook)
-    path.with_suffix(".html").write_text(html, encoding="utf-8")
-    for i, (ending, data) in enumerate(_pictures(notebook), start=1):
-        (path.parent / "pictures" / f"{path.stem}-{i:02d}{ending}").write_bytes(data)
-
-
-def _pictures(notebook: nbformat.NotebookNode) -> Iterator[tuple[str, bytes]]:
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            for kind, ending in PICTURES.items():
-                if kind in output.get("data", {}):
-                    yield ending, base64.b64decode(output["data"][kind])

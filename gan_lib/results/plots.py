@@ -22,12 +22,14 @@ from gan_lib.results.figures import (
     GREEN,
     ORANGE,
     PINK,
-    RED,
     legend_beside,
     new_figure,
     show_picture,
 )
 from gan_lib.results.files import LOSSES
+from gan_lib.results.parallel_plots import plot_all_reduce as plot_all_reduce
+from gan_lib.results.parallel_plots import plot_clock as plot_clock
+from gan_lib.results.parallel_plots import plot_task_stream as plot_task_stream
 from gan_lib.results.run import Run
 from gan_lib.results.walls import animate_images as animate_images
 from gan_lib.results.walls import animate_samples as animate_samples
@@ -50,12 +52,13 @@ LOSS_LABELS = {
 LOSS_COLOURS = dict(zip(LOSSES, (GREEN, PINK, BLUE, ORANGE), strict=True))
 
 
-def show_source(*things: Any) -> display.Code:
+def show_source(*things: Any) -> display.Markdown:
     """The source of functions or classes, highlighted: the real code, not a copy of it."""
     from IPython import display
 
     source = "\n\n\n".join(inspect.getsource(thing).rstrip() for thing in things)
-    return display.Code(source, language="python")
+    # Markdown, because that has the colours of the page: dark, where JupyterLab is dark.
+    return display.Markdown(f"~~~~python\n{source}\n~~~~")
 
 
 def plot_images_per_class(images: ImageSet) -> Figure:
@@ -178,21 +181,6 @@ def plot_progress(run: Run, records: pd.DataFrame | None = None) -> Figure:
         _draw_losses(right, records, smooth=max(1, len(records) // 50), losses=("loss_d", "loss_g"))
         right.legend(frameon=False)
     right.set(title="losses", xlabel="iteration", ylabel="loss")
-    return figure
-
-
-def plot_clock(run: Run) -> Figure:
-    """Iterations by the clock; each restart is marked, and leaves a gap."""
-    figure, axes = new_figure(figsize=(8, 3.2))
-    records = run.records()
-    started = records["time"].min()
-    axes.plot(records["time"] - started, records["iteration"], ".", markersize=3)
-    axes.set(title="iterations by the clock", xlabel="seconds", ylabel="iteration")
-    # Between two records of one attempt passes nearly the same time; a restart takes longer.
-    pauses = records["time"].diff()
-    n = len(run.status().restarts)
-    for i in pauses.nlargest(n).index:
-        axes.axvspan(*(records["time"][[i - 1, i]] - started), color=RED, alpha=0.2)
     return figure
 
 
