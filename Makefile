@@ -24,7 +24,7 @@ WITHOUT := $(if $(TORCH),^(torch|torchvision|triton|nvidia-.*|cuda-.*)==,^$$)
 CPU_TORCH := --no-deps -r constraints.txt $(or $(FROM),--index-url https://download.pytorch.org/whl/cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial wheelhouse lab test test-all lint format lock clean
+.PHONY: help tutorial wheelhouse lab test test-all gpu lint format lock clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
@@ -50,6 +50,9 @@ test: $(READY)  ## run the tests
 
 test-all: $(READY)  ## run the tests and those that take long
 	@$(PY) -m pytest tests --long
+
+gpu:  ## on a machine with a GPU: try all that needs one; PYTHON with torch, WHEELHOUSE=folder, SOURCE=images
+	@$(PYTHON) benchmarks/gpu.py --wheels "$(WHEELHOUSE)" --source "$(SOURCE)"
 
 lint: $(READY)  ## check style, formatting and types
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

@@ -4,8 +4,9 @@
 
 Measured in one run, in turn: the step of the usual DCGAN tutorials (float32, N x C x H x W in
 memory, a discriminator that is not frozen while the generator learns); the same with each switch
-of ours alone; and ours, as it ships. Then each convolution of ours alone, beside the rate of a
-matrix product of 2,048 in the same run. On a GPU, if there is one.
+of ours alone; and ours, as it ships. Then each convolution alone, torch's and ours, beside the
+rate of a matrix product of 2,048 in the same run. On a GPU, if there is one. Freed memory is kept
+for all of them alike (see `gan_lib.base.memory`).
 
 A figure is the fastest of a few steps in each round, and the median of the rounds: other work on
 the machine makes single steps slower, never faster.
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from gan_lib.base.memory import keep_freed_memory
 from gan_lib.data.batches import Batch
 from gan_lib.gan.models import discriminator_of, generator_of
 from gan_lib.gan.steps import autocast
@@ -53,11 +55,15 @@ def tutorial_step(
     channels_last: bool = False,
     precision: str = "float32",
     fused: bool = False,
+    products: bool = False,
     compiled: bool = False,
 ) -> Step:
     """The step of Radford et al. 2016 as tutorials write it, or with one switch set otherwise."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     g, d = (make(p).to(device, memory_format=layout) for make in (generator_of, discriminator_of))
+    if not products:
+        as_torch_does(g)
+        as_torch_does(d)
     adam = {"lr": 2e-4, "betas": (0.5, 0.999), "fused": fused or None}
     optimizer_g = torch.optim.Adam(g.parameters(), **adam)
     optimizer_d = torch.optim.Adam(d.parameters(), **adam)
@@ -93,6 +99,15 @@ def tutorial_step(
     return step
 
 
+def as_torch_does(network: nn.Module) -> None:
+    """Without what `gan_lib.gan.convolutions` adds."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.__class__ = nn.Conv2d
+        elif isinstance(module, nn.ConvTranspose2d):
+            module.__class__ = nn.ConvTranspose2d
+
+
 def our_step(p: TrainingParameters, device: torch.device) -> Step:
     """The step of `gan_lib`, as `train_gan` takes it."""
     training = Training(p, Ranks(), device)
@@ -114,6 +129,7 @@ def variants(
         "D frozen": {"frozen": True},
         "channels_last": {"channels_last": True},
         "fused Adam": {"fused": True},
+        "channels_last, products": {"products": True, "channels_last": True},
     }
     if fast != "float32":
         switches["bfloat16"] = {"precision": fast}
@@ -226,6 +242,11 @@ def plain(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, w: f(x, w, stride=module.stride, padding=module.padding)
 
 
+def as_ours(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """A layer as it ships."""
+    return lambda x, w: torch.func.functional_call(module, {"weight": w}, (x,))
+
+
 def by_layer(p: TrainingParameters, device: torch.device, precision: str, step: float) -> None:
     """Print what each convolution reaches of the machine's rate, and what it is of the step."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
@@ -237,14 +258,18 @@ def by_layer(p: TrainingParameters, device: torch.device, precision: str, step: 
         told = f"{work / 1e9:.2f}", f"{seconds * 1e3:.2f}", f"{work / seconds / rate:.2f}"
         return [name, weights, *told]
 
-    rows, total, work = [], 0.0, 0.0
+    rows, total, ours, work = [], 0.0, 0.0, 0.0
     for name, module, x, turns in layers(p, device):
         n = operations(module, x, turns)
         alone = seconds_of_layer(plain(module), module, x, turns, precision)
-        rows.append(row(name, " x ".join(map(str, module.weight.shape)), n, alone))
-        total, work = total + alone, work + n
-    rows += [row("all", "", work, total), row("the step", "", work, step)]
-    print_table(["layer", "weights", "GFLOP", "ms", "of the rate"], rows)
+        its = seconds_of_layer(as_ours(module), module, x, turns, precision)
+        weights = " x ".join(map(str, module.weight.shape))
+        rows.append(row(name, weights, n, alone) + row("", "", n, its)[3:])
+        total, ours, work = total + alone, ours + its, work + n
+    rows += [row("all", "", work, total) + row("", "", work, ours)[3:]]
+    rows += [["the step", "", "", "", "", *row("", "", work, step)[3:]]]
+    titles = ["layer", "weights", "GFLOP", "torch's, ms", "of the rate", "ours, ms", "of the rate"]
+    print_table(titles, rows)
 
 
 def measure(
@@ -306,6 +331,7 @@ def main() -> None:
     if told.threads:
         torch.set_num_threads(told.threads)
     device = pick_device()
+    keep_freed_memory()
     print(f"{machine(device)}, torch {torch.__version__}, Python {platform.python_version()}")
     pictured: dict[int, dict[str, float]] = {}
     for size in told.sizes:

@@ -37,6 +37,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU: make gpu")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(no_gpu)
     if not config.getoption("--long"):
         skip = pytest.mark.skip(reason="takes minutes: make test-all")
         for item in items:

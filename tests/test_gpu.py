@@ -1,0 +1,81 @@
+"""What a GPU has to do; all of it that can be tried without one is tried on the CPU too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gan_lib.base.checkout import CHECKOUT
+from gan_lib.cluster.starting import close_cluster, start_cluster
+from gan_lib.jobs.launching import launch, run_ranks
+from gan_lib.parameters import TrainingParameters
+from gan_lib.results.run import open_run
+from gan_lib.training.rank import train_gan
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def on(request: pytest.FixtureRequest, tiny: TrainingParameters) -> TrainingParameters:
+    """A training of seconds on each device, in the precision that is its fastest."""
+    return tiny.replace(device=request.param, precision="auto")
+
+
+def test_resume_is_bit_identical_on_each_device(tmp_path: Path, on: TrainingParameters) -> None:
+    whole = train_gan(on)
+    train_gan(on.replace(epochs=2), run=str(tmp_path / "half"))
+    rest = train_gan(on, run=str(tmp_path / "half"), resume=True)
+    assert rest.weights_sha256 == whole.weights_sha256
+    assert rest.device.startswith(on.device)
+    for record in rest.records:
+        assert (record.get("device_memory_gb", 0) > 0) == (on.device == "cuda")
+
+
+def test_a_run_goes_on_on_another_device(tmp_path: Path, on: TrainingParameters) -> None:
+    place = str(tmp_path / "run")
+    train_gan(on.replace(epochs=2), run=place)
+    assert train_gan(on.replace(device="cpu"), run=place, resume=True).iterations == 6
+
+
+@pytest.mark.gpu
+def test_precision_auto_is_bfloat16_on_a_gpu(tmp_path: Path, tiny: TrainingParameters) -> None:
+    place = str(tmp_path / "run")
+    train_gan(tiny.replace(device="cuda", precision="auto", epochs=1), run=place)
+    assert open_run(place).info()["precision_taken"] == "bfloat16"
+
+
+@pytest.mark.gpu
+def test_each_gpu_has_a_worker_and_they_speak_nccl(
+    tmp_path: Path, tiny: TrainingParameters
+) -> None:
+    client = start_cluster()
+    try:
+        assert len(client.nthreads()) == torch.cuda.device_count()
+        job = launch(client, tiny, run=str(tmp_path / "run"))
+        assert job.result()[0].device == "cuda:0"
+        assert open_run(str(tmp_path / "run")).info()["backend"] == "nccl"
+    finally:
+        close_cluster(client)
+
+
+@pytest.mark.gpu
+def test_two_ranks_share_a_gpu_over_gloo(tiny: TrainingParameters) -> None:
+    client = start_cluster(2, device="cpu")
+    try:
+        told = tiny.replace(device="cuda")
+        first, second = run_ranks(client, train_gan, device="cpu", parameters=told)
+        assert first.weights_sha256 == second.weights_sha256
+    finally:
+        close_cluster(client)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_one_sentence_says_what_is_needed() -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu.py"], cwd=CHECKOUT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("make gpu needs a machine with an NVIDIA GPU")
+    assert done.stderr.count("\n") == 1
