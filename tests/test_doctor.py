@@ -121,11 +121,12 @@ def test_workers_that_differ_and_are_not_as_they_should(tmp_path: Path) -> None:
     other = tmp_path / "other"
     (other / "torch").mkdir(parents=True)
     (other / "torch" / "__init__.py").write_text(OTHER_TORCH.format(folder=str(other)))
-    with started(tmp_path, 0, [CHECKOUT], environment={"OMP_NUM_THREADS": "300"}) as theirs:
+    with started(tmp_path, 0, [CHECKOUT]) as theirs:
         theirs.add_worker(path=[other, CHECKOUT])
         theirs.add_worker(n_threads=4)
         with Client(theirs.address) as plain:
             plain.wait_for_workers(2, timeout=60)
+            plain.run(exec, "import torch; torch.set_num_threads(300)")
         patient = Patient({"address": theirs.address, "n_workers": 2})
         try:
             findings = dict(examine(patient, "GLM"))
