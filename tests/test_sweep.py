@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import psutil
 import pytest
-import yaml
 from distributed import Client
 
 from gan_lib.base.errors import ClusterError, ParameterError, RunError, SourceError
 from gan_lib.cluster.starting import close_cluster, start_cluster
+from gan_lib.cluster.workers import Watch
 from gan_lib.jobs.launching import launch
 from gan_lib.jobs.sweeping import sweep
 from gan_lib.parameters import TrainingParameters
@@ -235,73 +230,55 @@ def test_the_worst_are_stopped_and_stay_so(
     assert sweep(client, p, grid, str(tmp_path / "sweep"), stop_worst=2).table().equals(table)
 
 
-@contextlib.contextmanager
-def command(p: TrainingParameters, out: Path) -> Iterator[subprocess.Popen[str]]:
-    """`python -m gan_lib sweep` over twelve runs, on two workers of its own."""
-    profile = out.with_suffix(".yaml")
-    profile.write_text(yaml.safe_dump({**p.to_dict(), "n_workers": 2}))
-    told = ["-s", "lr_g=1e-4,2e-4", "-s", "lr_d=2e-4,3e-4", "-s", "seed=0,1,2"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gan_lib", "sweep", "--profile", profile, *told, "--out", out],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        process.kill()
+def disturb(client: Client, out: Path, rng: random.Random) -> None:
+    """Kill two workers at random moments of a sweep that goes on, then press Ctrl-C."""
 
+    def until_finished(n: int) -> None:
+        while not (out / "sweep.json").exists() or states(out)["finished"] < n:
+            time.sleep(0.1)
+        time.sleep(rng.uniform(0, 3))
 
-def until_finished(out: Path, n: int, process: subprocess.Popen[str]) -> None:
-    """Wait until so many runs have finished."""
-    while not (out / "sweep.json").exists() or states(out)["finished"] < n:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.2)
+    for n in (0, 1):
+        until_finished(n)
+        os.kill(rng.choice(list(client.run(os.getpid).values())), signal.SIGKILL)
+    until_finished(2)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.long
-def test_twelve_runs_with_two_kills_and_an_interrupt(
-    tiny: TrainingParameters, tmp_path: Path
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_two_kills_an_interrupt_and_the_same_call_again(
+    seeds: int, own_client: Client, tiny: TrainingParameters, tmp_path: Path
 ) -> None:
     seed = int(os.environ.get("GAN_LIB_FAULT_SEED", time.time()))
     print(f"GAN_LIB_FAULT_SEED={seed}")
-    rng = random.Random(seed)
-    p = tiny.replace(epochs=24, checkpoint_every=5, quality_every=12, quality_images=48)
-    calm, out = tmp_path / "calm", tmp_path / "disturbed"
-    with command(p, calm) as process:
-        said = process.communicate()
-        assert process.returncode == 0, said
-    with command(p, out) as process:
-        for n in (1, 3):
-            until_finished(out, n, process)
-            time.sleep(rng.uniform(0, 4))
-            workers = [
-                child for child in psutil.Process(process.pid).children(recursive=True)
-                if "spawn_main" in " ".join(child.cmdline())
-            ]  # fmt: skip
-            rng.choice(workers).kill()
-        until_finished(out, 5, process)
-        time.sleep(rng.uniform(0, 4))
-        process.send_signal(signal.SIGINT)
-        said = process.communicate()
-        assert process.returncode == 130, said
+    p = tiny.replace(epochs=24, checkpoint_every=5, quality_every=24, quality_images=48)
+    grid = {"lr_g": [1e-4, 2e-4], "lr_d": [2e-4, 3e-4], "seed": list(range(seeds))}
+    out = tmp_path / "disturbed"
+    told = (own_client, out, random.Random(seed))
+    hand = threading.Thread(target=disturb, args=told, daemon=True)
+    hand.start()
+    with pytest.raises(KeyboardInterrupt):
+        sweep(own_client, p, grid, str(out))
+    hand.join()
     # What was begun has a checkpoint of where it was.
-    interrupted = Sweep(str(out))
-    found = states(out)
-    print(found)
-    assert found.keys() <= {"finished", "stopped", "new"}
-    for name in interrupted.runs:
-        run = interrupted.run(name)
+    print(states(out))
+    assert states(out).keys() <= {"finished", "stopped", "new"}
+    other = Sweep(str(out))
+    for name in other.runs:
+        run = other.run(name)
         if run is not None and run.epochs("records"):
             assert run.positions()
-    with command(p, out) as process:
-        said = process.communicate()
-        assert process.returncode == 0, said
-    one, other = Sweep(str(calm)), Sweep(str(out))
-    both = [which.table().drop(columns=["images_per_second", "minutes"]) for which in (one, other)]
-    assert both[0]["state"].tolist() == ["finished"] * 12
+    # Nobody holds a worker any more.
+    assert not any(Watch(own_client).alive().values())
+    sweep(own_client, p, grid, str(out))
+
+    calm = sweep(own_client, p, grid, str(tmp_path / "calm"))
+    both = [which.table().drop(columns=["images_per_second", "minutes"]) for which in (calm, other)]
+    assert both[0]["state"].tolist() == ["finished"] * 4 * seeds
     pd.testing.assert_frame_equal(*both)
-    left, right = draw_cells(one), draw_cells(other)
-    for name in one.runs:
+    left, right = draw_cells(calm), draw_cells(other)
+    for name in calm.runs:
         assert left[name].text == right[name].text
         assert np.array_equal(left[name].picture, right[name].picture)
         assert other.run(name).records()["iteration"].tolist() == list(range(1, 73))
