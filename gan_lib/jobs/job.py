@@ -50,7 +50,7 @@ class Job:
 
     def abandon(self) -> None:
         """Have it keep a checkpoint and end, because nobody will get to hold it."""
-        _end([self._supervisor])
+        _end([self._supervisor], SECONDS_TO_PART)
 
     def __repr__(self) -> str:
         return f"<Job {self.status} on {len(self.workers)} workers, {self.run.url}>"
@@ -110,7 +110,9 @@ class Job:
         self._supervisor.stop(now)
 
 
-def end_jobs(client: Client | None = None, folder: str = "") -> None:
+def end_jobs(
+    client: Client | None = None, folder: str = "", seconds: float = SECONDS_TO_PART
+) -> None:
     """Have jobs of this process keep a checkpoint and end, because it or their cluster does.
 
     What does not end in time is "interrupted".
@@ -118,14 +120,15 @@ def end_jobs(client: Client | None = None, folder: str = "") -> None:
     Args:
         client: only the jobs of this one; None means all.
         folder: only those whose run's URL begins with it.
+        seconds: how long they may take.
     """
     chosen = [each for each in _SUPERVISORS if client in (None, each.client)]
-    _end([each for each in chosen if each.run.url.startswith(folder)])
+    _end([each for each in chosen if each.run.url.startswith(folder)], seconds)
 
 
-def _end(supervisors: Sequence[Supervisor]) -> None:
+def _end(supervisors: Sequence[Supervisor], seconds: float) -> None:
     running = [each for each in supervisors if not each.ended.is_set()]
-    deadline = time.monotonic() + SECONDS_TO_PART
+    deadline = time.monotonic() + seconds
     try:
         for each in running:
             print(f"the job in {each.run.url} is asked to stop, because what runs it ends")

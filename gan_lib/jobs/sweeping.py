@@ -49,6 +49,8 @@ SECONDS_BETWEEN_LOOKS = 0.5
 # How often a run is launched that the cluster fails, and not the run itself.
 LAUNCHES = 5
 LOCK = "sweep.lock"
+# How long runs may take to keep a checkpoint after an interrupt; a second one ends them at once.
+SECONDS_TO_STOP = 120.0
 
 
 def sweep(
@@ -114,7 +116,7 @@ def sweep(
             _Sweeping(client, listed, retry_failed, stop_worst).until_the_end()
         except BaseException:
             # Also a run whose launch was just interrupted.
-            end_jobs(client, f"{listed.url}/")
+            end_jobs(client, f"{listed.url}/", SECONDS_TO_STOP)
             with contextlib.suppress(OSError):
                 write_results(listed, pictures=False)
             print(f"the same call goes on with the sweep in {listed.url}")
