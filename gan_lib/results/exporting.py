@@ -46,7 +46,7 @@ def export_generator(run: Run, epoch: int | str, folder: Path) -> None:
     """
     generator = run.generator(epoch)
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         network = onnx_bytes(generator)
     except ImportError as error:
@@ -60,7 +60,7 @@ def export_generator(run: Run, epoch: int | str, folder: Path) -> None:
         for name, value in generator.state_dict().items()
         if value.is_floating_point()
     }
-    save_file(weights, folder / "model.safetensors")
+    (folder / "model.safetensors").write_bytes(save(weights))
     (folder / "generator.onnx").write_bytes(network)
     (folder / "config.json").write_text(json.dumps(_config(generator), indent=2) + "\n")
     samples = np.stack([*draw_seeds(generator, range(N_SAMPLES))])

@@ -98,7 +98,7 @@ def _quality(run: Run, epoch: int) -> list[str]:
     return [
         *table,
         "",
-        f"Of {line['images']:,} images, features of {line['network']}: they cannot be compared "
+        f"Of {line['images']:,} images, by features of {line['network']}: they cannot be compared "
         f"with those of another network. KID's spread is {line['kid_spread']:.4f}.",
     ]
 
