@@ -109,7 +109,7 @@ def run_notebooks(
 
 def read_notebook(name: str, core: bool = False) -> nbformat.NotebookNode:
     """A notebook of the series as it is stored, or its core: without the cells tagged `aside`."""
-    book = nbformat.read(profiles.FOLDER / f"{name}.ipynb", as_version=4)
+    book: nbformat.NotebookNode = nbformat.read(profiles.FOLDER / f"{name}.ipynb", as_version=4)
     if core:
         book.cells = [c for c in book.cells if "aside" not in c.metadata.get("tags", [])]
     return book
