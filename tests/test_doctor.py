@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -157,7 +158,8 @@ def test_a_store_whose_clock_is_another(
         skewed = found("clock", client, run=f"{run}/other")
     S3FileSystem.clear_instance_cache()
     assert skewed.verdict == "fault"
-    assert "this machine is 1200 s ahead of the store's clock" in skewed.found
+    # A second may pass meanwhile.
+    assert re.search(r"this machine is 120[0-2] s ahead of the store's clock", skewed.found)
     assert "worker" not in skewed.found  # theirs is another way there
     assert "timedatectl" in skewed.cure
 

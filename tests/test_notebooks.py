@@ -167,12 +167,17 @@ def silhouettes_here(folder: Path) -> Iterator[dict[str, Any]]:
 def executed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Executed, dict[str, Any]]]:
-    """The executed series, and the profile that it was given."""
+    """The executed series, and the profile that it was given.
+
+    In a bucket only its core, unless there is time for all.
+    """
+    core = request.param is photographs_in_s3_on_a_cluster and not request.config.getoption("long")
     folder = tmp_path_factory.mktemp("executed")
     with request.param(folder) as told:
         profile = read_profile("tiny") | told
         values = series_values(NAMES, profile, {})
-        yield run_notebooks(NAMES, values, "tiny", folder=str(folder / "notebooks")), profile
+        done = run_notebooks(NAMES, values, "tiny", str(folder / "notebooks"), core)
+        yield done, profile
 
 
 @pytest.mark.parametrize("name", NAMES)

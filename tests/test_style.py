@@ -66,7 +66,7 @@ def test_the_lock_holds_what_the_project_asks_for() -> None:
     # pip installs no file but those that `make lock` has seen.
     requirements = lock.replace("\\\n", "").splitlines()
     assert all("--hash=sha256:" in line for line in requirements if not line.startswith("#"))
-    assert "--require-hashes -r requirements.lock" in (CHECKOUT / "Makefile").read_text()
+    assert "--require-hashes $(FROM) -r $(LOCK)" in (CHECKOUT / "Makefile").read_text()
     assert "torch==2.14.1" in lock
     assert "torchvision==0.29.1" in lock
 

@@ -60,9 +60,12 @@ class DaskResultsHandler:
         waiting = list(futures)
         try:
             while True:
-                # A worker reports a result before it reports its task done, on the same
-                # connection: so what is here once all are done is all there is.
                 done = [future for future in waiting if future.done()]
+                if done:
+                    # A worker reports a result before it reports its task done, on the same
+                    # connection: so the scheduler has all there is, and this client may be behind.
+                    for _, message in client.get_events(self.pub_sub_key):
+                        messages.put(message)
                 _write_all(messages, seen, writer)
                 for future in done:
                     waiting.remove(future)

@@ -191,13 +191,18 @@ class RunKeeper(Keeper):
         return self._writer.request() or ("regroup" if regroup else "")
 
     def close(self, state: str = "", reason: str = "", note: str = "") -> None:
-        if state:
+        # A worker is also asked to leave when its cluster ends: then nobody waits for others.
+        if state and not (state == "waiting" and self._left_alone()):
             told = {"reason": reason, "note": note}
             told = {name: sentence for name, sentence in told.items() if sentence}
             self._background.submit(self._set_status, state, **told)
             for request in (REGROUP,) if state == "waiting" else (REGROUP, STOP):
                 self._background.submit(self._writer.remove, request)
         self._background.close()
+
+    def _left_alone(self) -> bool:
+        """Whether the job that watched over this has parted from it."""
+        return open_run(self._writer.url).status().state == "interrupted"
 
     def fail(self, error: BaseException) -> None:
         failed = isinstance(error, Exception)  # and not Ctrl-C, say
