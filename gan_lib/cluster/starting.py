@@ -245,6 +245,8 @@ class _TrainingNanny(Nanny):
             "TOKIO_WORKER_THREADS": "1",
             # When a rank is lost, torch prints a page of C++ frames on each of the others.
             "TORCH_CPP_LOG_LEVEL": "ERROR",
+            # Its profiler calls it an error that there is no GPU.
+            "KINETO_LOG_LEVEL": "6",
         }
         # What glibc and numpy read has to be there before the process is, which inherits it.
         self.pre_spawn_env.update(environment)
