@@ -46,5 +46,6 @@ for epoch in range(2):
         d.requires_grad_(True)
 
 weights = weights_checksum(*(dict(network.named_parameters()) for network in (g, d)))
-print(f"rank {rank} of {world_size}: loss_g {loss_g.item():.2f}, weights {weights[:16]}", flush=True)
+line = f"rank {rank} of {world_size}: loss_g {loss_g.item():.2f}, weights {weights[:16]}\n"
+print(line, end="", flush=True)  # in one piece: the ranks write into the same output
 dist.destroy_process_group()

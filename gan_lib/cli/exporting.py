@@ -134,7 +134,7 @@ def _card(folder: Path, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "title": first.partition("\n")[0].lstrip("# "),
-        "learnt": re.findall(r"^- (.+)$", first, flags=re.MULTILINE)[:3],
+        "learnt": re.findall(r"^- (.+)$", first.replace("`", ""), flags=re.MULTILINE)[:3],
         "seconds": notebook.metadata.get("papermill", {}).get("duration"),
         "cells": len(notebook.cells),
         "pictures": every,
