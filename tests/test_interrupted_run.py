@@ -26,7 +26,7 @@ def interrupt(folder: Path, number: int, notebook: str, until: Callable[[], bool
 
     Afterwards no process of it is left.
     """
-    command = ["-m", "gan_lib", "run", notebook, "--profile", "tiny"]
+    command = ["-m", "gan_lib", "run", notebook, "--core", "--profile", "tiny"]
     options = ["--out", str(folder / "out")]
     if notebook == "04":
         options += ["-p", "run", str(folder / "run"), "-p", "epochs", "100000"]
