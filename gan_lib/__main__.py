@@ -14,11 +14,11 @@ from gan_lib.base.interrupts import interruptible
 try:
     from gan_lib.base.progress import HEADLESS_VARIABLE
     from gan_lib.cli import profiles
+    from gan_lib.cli.arguments import add_example, add_profile
     from gan_lib.cli.data_commands import add_commands
     from gan_lib.cli.doctor_command import add_doctor
     from gan_lib.cli.generator_commands import add_generator
     from gan_lib.cli.measure_command import add_measure
-    from gan_lib.cli.profiles import add_example, add_parameters
     from gan_lib.cli.sweep_command import add_sweep
     from gan_lib.cli.training_commands import add_training
 except ImportError as error:
@@ -40,8 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the series, or some of its notebooks")
     run.add_argument("notebooks", nargs="*", help="such as 04 or 05_results; none means all")
-    run.add_argument("--profile", default="quick", help="a name in profiles/, or a YAML file")
-    add_parameters(run)
+    add_profile(run)
     run.add_argument(
         "--parameters", action="store_true", help="only list what a profile and -p may set"
     )
@@ -50,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     run.add_argument("--out", help="folder for the executed notebooks; default: a new one")
     add_example(run, "run 04 05 --profile quick -p epochs 8")
+    run.set_defaults(do=_run)
     add_commands(commands.add_parser("data", help="list, fetch, verify and prepare images"))
     add_training(commands)
     add_sweep(commands.add_parser("sweep", help="train many runs side by side, and compare them"))
@@ -61,20 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault(HEADLESS_VARIABLE, "1")
 
     try:
-        if options.command != "run":
-            code: int = options.do(options)
-            return code
-        if options.parameters:
-            print(profiles.parameter_table())
-            return 0
-        names = profiles.full_names(options.notebooks)
-        profile = profiles.read_profile(options.profile)
-        values = profiles.series_values(names, profile, dict(options.parameter))
-        # Only now: a mistake should not have to wait for torch to be imported.
-        from gan_lib.cli.notebooks import run_notebooks
-
-        label = Path(options.profile).stem
-        done = run_notebooks(names, values, label, options.out, options.core)
+        code: int = options.do(options)
+        return code
     except NotebookError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -84,6 +72,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, SystemExit) as error:
         print("interrupted; what was done is kept, and nothing half done is left", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 143
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.parameters:
+        print(profiles.parameter_table())
+        return 0
+    names = profiles.full_names(options.notebooks)
+    profile = profiles.read_profile(options.profile)
+    values = profiles.series_values(names, profile, dict(options.parameter))
+    # Only now: a mistake should not have to wait for torch to be imported.
+    from gan_lib.cli.notebooks import run_notebooks
+
+    label = Path(options.profile).stem
+    done = run_notebooks(names, values, label, options.out, options.core)
     print(f"executed notebooks, to be read in a browser: {done.folder / 'index.html'}")
     print(f"pictures:                                    {done.folder / 'pictures'}")
     if done.run is not None:

@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from gan_lib.cli.profiles import add_example
+from gan_lib.cli.arguments import add_example
 from gan_lib.parameters import CROPS, TrainingParameters
 from gan_lib.sources import manifest
 from gan_lib.sources.downloading import archives_of, differences, fetch

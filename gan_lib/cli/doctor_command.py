@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 
 from gan_lib.base.interrupts import interruptible
 from gan_lib.cli import profiles
+from gan_lib.cli.arguments import add_example, add_profile
 
 if TYPE_CHECKING:
     from gan_lib.doctor.finding import Finding
-
-NOTEBOOK = "04_distributed_training"
 
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +24,8 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
         "anything does not work, and the code at the end says what, in a few letters."
     )
     address, run = "-p address tcp://10.0.0.1:8786", "-p run s3://bucket/run"
-    profiles.add_example(parser, f"doctor --profile dogs {address} {run}")
-    parser.add_argument("--profile", default="quick", help="a name in profiles/, or a YAML file")
-    profiles.add_parameters(parser)
+    add_example(parser, f"doctor --profile dogs {address} {run}")
+    add_profile(parser)
     parser.add_argument("--json", action="store_true", help="for programs, in place of lines")
     parser.add_argument("--code", help="only say what such a code means")
     parser.set_defaults(do=_doctor)
@@ -43,9 +41,8 @@ def _doctor(options: argparse.Namespace) -> int:
     if options.code is not None:
         print(*explain(options.code), sep="\n")
         return 0
-    profile = profiles.read_profile(options.profile)
-    told = profiles.series_values([NOTEBOOK], profile, dict(options.parameter), look=False)
-    patient = Patient(profiles.notebook_parameters(NOTEBOOK) | told)
+    given = dict(options.parameter)
+    patient = Patient(profiles.training_values(options.profile, given, look=False))
     findings: dict[str, Finding] = {}
     try:
         for letter, finding in examine(patient):

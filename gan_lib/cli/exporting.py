@@ -20,6 +20,7 @@ from PIL import Image, ImageSequence
 from gan_lib.base.checkout import CHECKOUT
 from gan_lib.base.errors import UserError
 from gan_lib.results.pictures import png_bytes
+from gan_lib.results.quality import best_line
 from gan_lib.results.run import open_run
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -163,7 +164,7 @@ def _figures(url: str | None) -> dict[str, Any]:
             "ranks": f"{info['world_size']}, on {info['device']}",
             "speed": f"{newest['images_per_second']:,.0f} images/s",
         }
-        kids = {line["epoch"]: line["kid"] for line in run.quality()}
-        best = run.best_epoch()
-        known["figures"]["best epoch"] = f"{best}, with a KID of {kids[best]:.3f}"
+        best = best_line(run.quality(), run.epochs("checkpoints"))
+        if best is not None:
+            known["figures"]["best epoch"] = f"{best['epoch']}, with a KID of {best['kid']:.3f}"
     return known

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gan_lib.base.errors import ParameterError
 from gan_lib.base.progress import ProgressBar
 from gan_lib.base.storage import whole_folder
-from gan_lib.cli.profiles import add_example
+from gan_lib.cli.arguments import add_example, add_run
 
 if TYPE_CHECKING:
     from gan_lib.results.run import Run
@@ -21,7 +21,7 @@ WIDTH, MOST_IN_GRID = 256, 400
 def add_generator(commands: Any) -> None:
     """Add the commands to `python -m gan_lib`."""
     one = commands.add_parser("generate", help="new images of a run's generator, by seed")
-    _add_run(one)
+    _add_run_and_epoch(one)
     one.add_argument("--seeds", default="0-99", help="such as 0-99 or 3,7,10-12; default: 0-99")
     one.add_argument("--of", metavar="CLASS", help="only this class, by its name or a part of it")
     one.add_argument(
@@ -32,14 +32,14 @@ def add_generator(commands: Any) -> None:
     one.set_defaults(do=_generate)
 
     one = commands.add_parser("export", help="a run's generator, for those without gan_lib")
-    _add_run(one)
+    _add_run_and_epoch(one)
     one.add_argument("--out", required=True, help="a new folder for it")
     add_example(one, "export runs/first --epoch best --out dog-generator")
     one.set_defaults(do=_export)
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="run directory or URL, or latest")
+def _add_run_and_epoch(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
     parser.add_argument(
         "--epoch", help="a number, best or last; default: the best measured one, or else the last"
     )

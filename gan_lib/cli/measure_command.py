@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gan_lib.cli.profiles import add_example
+from gan_lib.cli.arguments import add_example
 
 
 def add_measure(parser: argparse.ArgumentParser) -> None:

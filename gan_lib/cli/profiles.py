@@ -7,7 +7,6 @@ called, before the first cell runs and without importing torch.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import contextlib
 import json
@@ -26,24 +25,8 @@ from gan_lib.sources.source import resolve_source
 
 FOLDER = CHECKOUT / "notebooks"
 PROFILES = CHECKOUT / "profiles"
-
-
-def add_parameters(parser: argparse.ArgumentParser) -> None:
-    """Give a command `-p NAME VALUE`."""
-    parser.add_argument(
-        "-p",
-        "--parameter",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="a parameter, stronger than the profile; may be given again",
-    )
-
-
-def add_example(parser: argparse.ArgumentParser, line: str) -> None:
-    """End the help of a command with a line that can be copied."""
-    parser.epilog = f"Example: python -m gan_lib {line}"
+# The notebook that trains: with the same profile, a shell trains the same run.
+TRAINING = "04_distributed_training"
 
 
 def notebook_names() -> list[str]:
@@ -190,6 +173,23 @@ def series_values(
     values = {k: v for k, v in profile.items() if k in own and (k != "source" or own[k])}
     values |= {name: parse_value(text, own[name]) for name, text in overrides.items()}
     return check_parameters(names, values, look)
+
+
+def training_values(
+    profile: str, overrides: Mapping[str, str], look: bool = True
+) -> dict[str, Any]:
+    """All that a training is told: by its notebook, a profile, and overrides, each stronger.
+
+    Args:
+        profile: a name, or a YAML file.
+        overrides: as in `series_values`.
+        look: as in `check_parameters`.
+
+    Raises:
+        UserError: as `series_values`.
+    """
+    values = series_values([TRAINING], read_profile(profile), overrides, look)
+    return notebook_parameters(TRAINING) | values
 
 
 def _parameters_cell(name: str) -> str:

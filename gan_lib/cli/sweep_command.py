@@ -11,7 +11,7 @@ import yaml
 from gan_lib.base.checks import refuse_unknown_names
 from gan_lib.base.errors import ParameterError
 from gan_lib.cli import profiles
-from gan_lib.cli.profiles import add_example, add_parameters
+from gan_lib.cli.arguments import add_example, add_profile
 from gan_lib.cli.training_commands import cluster_for, told
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.grids import list_runs
@@ -25,7 +25,6 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
         "on. Exit status: 0 all runs have finished; 1 some have not; 2 a mistake in what was "
         "asked; 130 after Ctrl-C, 143 after SIGTERM."
     )
-    parser.add_argument("--profile", default="quick", help="a name in profiles/, or a YAML file")
     parser.add_argument(
         "-s",
         "--sweep",
@@ -34,7 +33,7 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE,VALUE",
         help="a parameter and its values, which may also be a YAML list; may be given again",
     )
-    add_parameters(parser)
+    add_profile(parser)
     parser.add_argument("--ranks", type=int, default=1, help="workers of each run; default: 1")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--zip", action="store_true", help="first values together, then second ones")

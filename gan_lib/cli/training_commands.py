@@ -16,7 +16,7 @@ from gan_lib.base.checks import refuse_unknown_names
 from gan_lib.base.errors import RunError, UserError, describe
 from gan_lib.base.interrupts import interruptible
 from gan_lib.cli import profiles
-from gan_lib.cli.profiles import add_example, add_parameters, read_profile
+from gan_lib.cli.arguments import add_example, add_parameters, add_profile, add_run
 from gan_lib.parameters import TrainingParameters
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from gan_lib.results.run import Run
     from gan_lib.results.summaries import Summary
 
-# The notebook whose parameters `train` takes, so that a profile trains the same run in both.
-NOTEBOOK = "04_distributed_training"
 CLUSTER = {"address": "", "n_workers": 0}
 STATUSES = (
     "Exit status: 0 finished, or stopped because somebody asked for it; 1 failed; 2 a mistake in "
@@ -39,14 +37,13 @@ STATUSES = (
 def add_training(commands: Any) -> None:
     """Add the commands to `python -m gan_lib`."""
     one = commands.add_parser("train", help="train one run", description=STATUSES)
-    one.add_argument("--profile", default="quick", help="a name in profiles/, or a YAML file")
-    add_parameters(one)
+    add_profile(one)
     one.add_argument("--run", help="folder or URL that keeps it; default: a new one under runs/")
     add_example(one, "train --profile quick -p epochs 8 --run runs/first")
     one.set_defaults(do=_train)
 
     one = commands.add_parser("resume", help="go on with a run", description=STATUSES)
-    _add_run(one)
+    add_run(one)
     add_parameters(one)
     one.add_argument(
         "--new-images", action="store_true", help="also if they are not those it was trained on"
@@ -55,12 +52,12 @@ def add_training(commands: Any) -> None:
     one.set_defaults(do=_resume)
 
     one = commands.add_parser("watch", help="show how a run goes on, whoever trains it")
-    _add_run(one)
+    add_run(one)
     add_example(one, "watch s3://bucket/runs/first")
     one.set_defaults(do=_watch)
 
     one = commands.add_parser("stop", help="ask a run to end after its epoch, with a checkpoint")
-    _add_run(one)
+    add_run(one)
     one.add_argument("--now", action="store_true", help="within seconds, inside the epoch")
     add_example(one, "stop runs/first --now")
     one.set_defaults(do=_stop)
@@ -69,10 +66,6 @@ def add_training(commands: Any) -> None:
     one.add_argument("folder", nargs="?", help="of the runs, or its URL; default: runs/")
     add_example(one, "runs s3://bucket/runs")
     one.set_defaults(do=_runs)
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="run directory or URL, or latest")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -93,10 +86,9 @@ def told(profile: str, given: dict[str, str]) -> tuple[TrainingParameters, dict[
     """What a profile, and texts that are stronger, say of a training; and all that they say.
 
     Raises:
-        UserError: as `profiles.series_values`.
+        UserError: as `profiles.training_values`.
     """
-    values = profiles.series_values([NOTEBOOK], read_profile(profile), given)
-    values = profiles.notebook_parameters(NOTEBOOK) | values
+    values = profiles.training_values(profile, given)
     return TrainingParameters(**{n: values[n] for n in TrainingParameters.names()}), values
 
 

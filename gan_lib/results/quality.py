@@ -83,10 +83,16 @@ def of_network(lines: Sequence[Line], network: str = "") -> list[Line]:
     return [line for line in lines if line["network"] == wanted]
 
 
-def best_epoch(lines: Sequence[Line], kept: Iterable[int]) -> int | None:
-    """The epoch with the least KID of those that have a checkpoint; None if none has."""
+def best_line(lines: Sequence[Line], kept: Iterable[int]) -> Line | None:
+    """The line with the least KID of those whose epoch has a checkpoint; None if none has."""
     found = [line for line in of_network(lines) if line["epoch"] in set(kept)]
-    return min(found, key=lambda line: line["kid"])["epoch"] if found else None
+    return min(found, key=lambda line: line["kid"], default=None)
+
+
+def best_epoch(lines: Sequence[Line], kept: Iterable[int]) -> int | None:
+    """The epoch of `best_line`."""
+    best = best_line(lines, kept)
+    return best["epoch"] if best else None
 
 
 def no_longer_better(lines: Sequence[Line], patience: int) -> str:

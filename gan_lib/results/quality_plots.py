@@ -9,7 +9,7 @@ from gan_lib.base.errors import RunError
 from gan_lib.data.image_set import ImageSet
 from gan_lib.quality.novelty import NearestImages
 from gan_lib.results.figures import GREEN, RED, legend_beside, new_figure
-from gan_lib.results.quality import best_epoch
+from gan_lib.results.quality import best_line
 from gan_lib.results.run import Run
 from gan_lib.results.walls import plot_images
 
@@ -35,11 +35,10 @@ def plot_quality(run: Run, network: str = "") -> Figure:
     )
     floor = lines[-1]["kid_floor"]
     axes.axhline(floor, color=GREEN, linestyle="--", label="other real images: the floor")
-    chosen = best_epoch(lines, run.epochs("checkpoints"))
-    for line in lines:
-        if line["epoch"] == chosen:
-            label = f"best that is kept: epoch {chosen}, {line['kid']:.3f}"
-            axes.plot(chosen, line["kid"], "o", color=RED, markersize=9, label=label)
+    best = best_line(lines, run.epochs("checkpoints"))
+    if best is not None:
+        label = f"best that is kept: epoch {best['epoch']}, {best['kid']:.3f}"
+        axes.plot(best["epoch"], best["kid"], "o", color=RED, markersize=9, label=label)
     title = f"distance from real images (features of {lines[-1]['network']})"
     axes.set(title=title, xlabel="epoch", ylabel="KID: lower is better")
     axes.xaxis.get_major_locator().set_params(integer=True)

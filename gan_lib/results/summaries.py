@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from gan_lib.base.errors import RunError
 from gan_lib.base.storage import Folder
 from gan_lib.results.files import PARAMETERS
-from gan_lib.results.quality import best_epoch
+from gan_lib.results.quality import best_line
 from gan_lib.results.reading import SECONDS_WITHOUT_A_SIGN
 from gan_lib.results.run import Run
 
@@ -62,7 +62,7 @@ def summarise(run: Run) -> Summary:
     # A run that goes back to its last checkpoint deletes the records after it.
     with contextlib.suppress(RunError):
         records = run.plain_records(epochs[-1:])
-    best = best_epoch(lines, run.epochs("checkpoints"))
+    best = best_line(lines, run.epochs("checkpoints"))
     return Summary(
         name=run.url.rstrip("/").rpartition("/")[2],
         state=state,
@@ -72,8 +72,8 @@ def summarise(run: Run) -> Summary:
         images_per_second=statistics.median(r["images_per_second"] for r in records)
         if records
         else None,
-        best=best,
-        kid=next((line["kid"] for line in lines if line["epoch"] == best), None),
+        best=best["epoch"] if best else None,
+        kid=best["kid"] if best else None,
         seen=status.time,
     )
 

@@ -19,7 +19,7 @@ from gan_lib.base.errors import ParameterError, UserError, describe
 from gan_lib.results.figures import new_figure, show_picture
 from gan_lib.results.grids import grid_of
 from gan_lib.results.pictures import image_grid, png_bytes
-from gan_lib.results.quality import best_epoch
+from gan_lib.results.quality import best_line
 from gan_lib.results.sweep import TABLE, Sweep
 
 PICTURE, PAGE = "sweep.png", "sweep.html"
@@ -53,12 +53,11 @@ def _draw(sweep: Sweep, name: str, n: int, seed: int) -> Cell:
         run = sweep.run(name)
         if run is None:
             return Cell(None, "not begun")
-        best = best_epoch(run.quality(), run.epochs("checkpoints"))
+        best = best_line(run.quality(), run.epochs("checkpoints"))
         text = "".join(map(str, run.positions()[-1:]))
         if best is not None:
-            (kid,) = (line["kid"] for line in run.quality() if line["epoch"] == best)
-            text = f"epoch {best}, KID {kid:.3f}"
-        images = run.generate(n, "latest" if best is None else best, seed)
+            text = f"epoch {best['epoch']}, KID {best['kid']:.3f}"
+        images = run.generate(n, "latest" if best is None else best["epoch"], seed)
     except (UserError, OSError) as wrong:
         return Cell(None, describe(wrong))
     return Cell(image_grid(images, gap=GAP), text if state == "finished" else f"{text} ({state})")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from gan_lib.results.figures import BLUE, GREEN, ORANGE, PINK, RED, new_figure
+from gan_lib.results.figures import BLUE, GREEN, ORANGE, PINK, RED, legend_beside, new_figure
 
 # What a rank does at a moment, and the colour in which it is drawn.
 COLOURS = {
@@ -69,5 +69,5 @@ def plot_timeline(traces: Sequence[Sequence[Span]]) -> Figure:
         yticklabels=[f"rank {rank}" for rank in range(len(traces))],
     )
     axes.invert_yaxis()
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend_beside(axes)
     return figure
