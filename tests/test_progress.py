@@ -35,6 +35,15 @@ def test_it_is_told_once_and_at_the_measured_rate(capsys: pytest.CaptureFixture[
     assert notes == ["note: the 9,996 steps to come take about 6 hours, at 2 s each"]
 
 
+def test_what_was_done_before_is_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar(10_000, "training", "step", forecast=True, initial=4_000) as bar:
+        bar.update(0, at=0.0)  # of a run that then stood still
+        bar.update(1, at=5_000.0)
+        bar.update(3, at=5_006.0)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert notes == ["note: the 5,996 steps to come take about 3 hours, at 2 s each"]
+
+
 def test_a_person_is_drawn_a_bar(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,15 +40,22 @@ class ProgressBar:
         unit: what is counted, in the singular.
         show: False keeps quiet (on the ranks of a cluster, where nobody looks).
         forecast: say once, after the first units, how long the others will take.
+        initial: units that were done before, which tell nothing of how long the others take.
     """
 
     def __init__(
-        self, total: int, description: str, unit: str, show: bool = True, forecast: bool = False
+        self,
+        total: int,
+        description: str,
+        unit: str,
+        show: bool = True,
+        forecast: bool = False,
+        initial: int = 0,
     ) -> None:
         self.total = total
         self.description = description
         self.unit = unit
-        self.done = 0
+        self.done = self._initial = initial
         self.text = ""
         self._lines = show and is_headless()
         self._printed_at = time.monotonic()
@@ -56,7 +63,9 @@ class ProgressBar:
         self._first: tuple[int, float] | None = None
         self._bar: Any = None
         if show and not self._lines:
-            self._bar = tqdm(total=total, desc=description, unit=unit, file=sys.stdout)
+            self._bar = tqdm(
+                total=total, desc=description, unit=unit, file=sys.stdout, initial=initial
+            )
 
     def update(self, n: int, text: str = "", at: float | None = None) -> None:
         """Count `n` more units done, the last of them `at` this time in seconds (None: now);
@@ -69,7 +78,7 @@ class ProgressBar:
             self._bar.update(n)
         elif self._lines and time.monotonic() - self._printed_at >= SECONDS_BETWEEN_LINES:
             self._print()
-        if self._forecast and self.done:
+        if self._forecast and self.done > self._initial:
             self._tell_time_left(time.time() if at is None else at)
 
     def _tell_time_left(self, at: float) -> None:

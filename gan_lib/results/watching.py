@@ -42,7 +42,10 @@ def watch_run(run: Run, goes_on: Callable[[], bool]) -> None:
     steps_per_epoch, epochs = info["steps_per_epoch"], info["parameters"]["epochs"]
     total = steps_per_epoch * epochs
     told = 0
-    with ProgressBar(total, "training", "step", forecast=True) as bar:
+    # A run that is resumed may have stood still for days.
+    before = _newest_record(run)
+    initial = before["iteration"] if before else 0
+    with ProgressBar(total, "training", "step", forecast=True, initial=initial) as bar:
         bar.note(info.get("warning", ""))
         while True:
             # Asked before the look, so that the last look comes after the end.
