@@ -83,7 +83,7 @@ def _fold(cells: list[nbformat.NotebookNode]) -> None:
         if inside and (heading or "aside" not in tags):
             cells[i - 1].metadata.setdefault("folds_end", []).append("aside")
             inside = False
-        cell.metadata["folds"] = [heading[1]] if heading else []
+        cell.metadata["folds"] = [heading[1].replace("`", "")] if heading else []
         inside = inside or heading is not None
         if "solution" in tags:
             cell.metadata["folds"].append("Solution")

@@ -60,7 +60,7 @@ def draw_run_directory() -> HouseFigure:
         arrow(axes, (1.95, 2.6), (3.4, y - 0.1), GREEN)
     readers = {
         "watch()": 4.3,
-        "open_run(URL)\nin another notebook": 2.6,
+        "open_run(URL)\nelsewhere": 2.6,
         "resume() on\nanother cluster": 0.9,
     }
     for name, y in readers.items():
