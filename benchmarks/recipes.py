@@ -51,6 +51,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "relativistic": {"loss": "relativistic"},
     "hinge, spectral": {"loss": "hinge", "d_norm": "spectral", "lr_d": 1e-3},
     "relativistic, r1": {"loss": "relativistic", "d_norm": "none", "r1": 0.05, "lr_d": 4e-4},
+    "all, batches of 64": {**ALL, "batch_size": 64},
+    "all, batches of 64, lr_g 2e-4": {**ALL, "batch_size": 64, "lr_g": 2e-4},
     "all": ALL,
 }
 # Measured this often in the course of a training, so that the best epoch can be found.
