@@ -22,7 +22,7 @@ import importlib, pkgutil, sys
 import gan_lib
 
 if __name__ == "__main__":
-    of_notebooks = ("gan_lib.__main__", "gan_lib.cli.exporting", "gan_lib.cli.notebooks")
+    of_notebooks = ("gan_lib.__main__", "gan_lib.cli.pages", "gan_lib.cli.notebooks")
     for module in pkgutil.walk_packages(gan_lib.__path__, "gan_lib."):
         if module.name not in of_notebooks:
             importlib.import_module(module.name)

@@ -30,7 +30,7 @@ from gan_lib.base.errors import NotebookError, ParameterError, RunError
 from gan_lib.base.interrupts import interruptible
 from gan_lib.base.progress import HEADLESS_VARIABLE, NOTE, SECONDS_BETWEEN_LINES, parse_progress
 from gan_lib.cli import profiles
-from gan_lib.cli.exporting import export_notebook, write_index
+from gan_lib.cli.pages import export_notebook, write_index
 from gan_lib.cli.profiles import notebook_parameters
 from gan_lib.results.files import RUNS
 from gan_lib.results.run import open_run
