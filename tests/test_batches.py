@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from gan_lib.base.errors import ParameterError
+from gan_lib.data import batches
 from gan_lib.data.batches import Batches, epoch_shares
 from gan_lib.data.image_set import ImageSet
 from gan_lib.data.pixels import denormalise, jitter_colours, normalise
@@ -95,6 +99,48 @@ def test_ranks_see_what_one_rank_sees(silhouettes: ImageSet, tiny: TrainingParam
         assert (a.share.stop, b.share.stop) == (b.share.start, one.n_total)
         assert a.weight + b.weight == pytest.approx(2.0)
         assert one.weight == 1.0
+
+
+def test_images_that_stay_on_the_device_make_the_same_batches(
+    silhouettes: ImageSet, tiny: TrainingParameters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "AT_ONCE", 40)  # more than one part
+    for rank in range(2):
+        one, other = (
+            list(Batches(silhouettes, tiny, rank, 2, "cpu", resident).epoch(2, first_step=1))
+            for resident in (False, True)
+        )
+        assert len(one) == len(other) == 2
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a.images, b.images)
+            assert torch.equal(a.labels, b.labels)
+            assert a.images.stride() == b.images.stride()
+            assert (a.share, a.n_total, a.weight) == (b.share, b.n_total, b.weight)
+
+
+def test_the_next_images_are_read_while_a_step_goes_on(
+    silhouettes: ImageSet, tiny: TrainingParameters
+) -> None:
+    asked, second = [], threading.Event()
+
+    class Read:  # and not lying in memory
+        shape = silhouettes.pixels.shape
+
+        def __len__(self) -> int:
+            return len(silhouettes)
+
+        def __getitem__(self, key: np.ndarray) -> np.ndarray:
+            asked.append(key)
+            if len(asked) == 2:
+                second.set()
+            return silhouettes.pixels[key]
+
+    read = Batches(replace(silhouettes, pixels=Read()), tiny).epoch(1)
+    first = next(read)
+    assert second.wait(60)  # nobody has asked for the second batch yet
+    assert len(asked) == 2  # and the third one waits until somebody does
+    for one, other in zip([first, *read], Batches(silhouettes, tiny).epoch(1), strict=True):
+        assert torch.equal(one.images, other.images)
 
 
 def test_flips_mirror_about_half_of_the_images() -> None:

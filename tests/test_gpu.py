@@ -11,6 +11,9 @@ import torch
 
 from gan_lib.base.checkout import CHECKOUT
 from gan_lib.cluster.starting import close_cluster, start_cluster
+from gan_lib.data import batches
+from gan_lib.data.batches import Batches
+from gan_lib.data.image_set import ImageSet
 from gan_lib.jobs.launching import launch, run_ranks
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.run import open_run
@@ -37,6 +40,27 @@ def test_a_run_goes_on_on_another_device(tmp_path: Path, on: TrainingParameters)
     place = str(tmp_path / "run")
     train_gan(on.replace(epochs=2), run=place)
     assert train_gan(on.replace(device="cpu"), run=place, resume=True).iterations == 6
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_batches_are_the_same_on_each_device(
+    on: TrainingParameters, silhouettes: ImageSet, resident: bool
+) -> None:
+    there = Batches(silhouettes, on, device=on.device, resident=resident)
+    here = Batches(silhouettes, on.replace(device="cpu"))
+    for a, b in zip(there.epoch(1), here.epoch(1), strict=True):
+        assert a.images.device.type == a.labels.device.type == on.device
+        torch.testing.assert_close(a.images.cpu(), b.images)
+        assert torch.equal(a.labels.cpu(), b.labels)
+
+
+@pytest.mark.gpu
+def test_few_images_stay_on_the_gpu_and_many_do_not(
+    silhouettes: ImageSet, tiny: TrainingParameters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Batches(silhouettes, tiny, device="cuda").resident
+    monkeypatch.setattr(batches, "MOST_OF_A_GPU", 1e-9)
+    assert not Batches(silhouettes, tiny, device="cuda").resident
 
 
 @pytest.mark.gpu

@@ -9,7 +9,9 @@ images meet in the same step on 1 rank or on 10.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -18,8 +20,13 @@ from torch import Tensor
 from gan_lib.base.errors import ParameterError
 from gan_lib.base.seeds import FLIPS, ORDER, stream_seed
 from gan_lib.data.image_set import ImageSet
-from gan_lib.data.pixels import normalise
+from gan_lib.data.pixels import Pixels, normalise, to_device
 from gan_lib.parameters import TrainingParameters
+
+# A GPU keeps all images, as uint8, if they take no more than this part of its memory.
+MOST_OF_A_GPU = 0.1
+# How many images are copied to it at once, for that.
+AT_ONCE = 4096
 
 
 def check_images(images: ImageSet, p: TrainingParameters, resume: bool = False) -> None:
@@ -96,6 +103,8 @@ class Batches:
         rank: of this process, 0 to world_size - 1.
         world_size: number of ranks.
         device: where the batches are put and mirrored.
+        resident: whether all images are kept on the device, where a batch is then picked from
+            them; None does so on a GPU, if they take no more than a tenth of its memory.
         steps_per_epoch: how many batches each epoch has.
 
     Raises:
@@ -107,10 +116,16 @@ class Batches:
     rank: int = 0
     world_size: int = 1
     device: torch.device | str = "cpu"
+    resident: bool | None = None
     steps_per_epoch: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.steps_per_epoch = len(self._shares(epoch=1))
+        self._device = torch.device(self.device)
+        if self.resident is None:
+            self.resident = _fits(self.images.pixels, self._device)
+        if self.resident:
+            self._kept = _copied(self.images.pixels, self._device)
 
     def _shares(self, epoch: int) -> list[list[np.ndarray]]:
         p = self.parameters
@@ -118,10 +133,11 @@ class Batches:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """This rank's batches of one epoch, in order; those before `first_step` are left out."""
-        for step, shares in enumerate(self._shares(epoch)[first_step:], first_step):
+        steps = self._shares(epoch)[first_step:]
+        all_pixels = self._fetched([shares[self.rank] for shares in steps])
+        for step, (shares, pixels) in enumerate(zip(steps, all_pixels, strict=True), first_step):
             start = sum(len(share) for share in shares[: self.rank])
             mine, n_total = shares[self.rank], sum(map(len, shares))
-            pixels = torch.from_numpy(self.images.pixels[mine]).to(self.device)
             # N x H x W x C seen as N x C x H x W is torch's channels_last: nothing is copied.
             images = normalise(pixels.permute(0, 3, 1, 2), *self.parameters.normalisation)
             share = slice(start, start + len(mine))
@@ -129,14 +145,49 @@ class Batches:
                 images = self._flipped(images, epoch, step, share, n_total)
             yield Batch(
                 images=images,
-                labels=torch.from_numpy(self.images.labels[mine]).to(self.device),
+                labels=to_device(torch.from_numpy(self.images.labels[mine]), self._device),
                 share=share,
                 n_total=n_total,
                 weight=len(mine) * self.world_size / n_total,
             )
 
+    def _fetched(self, shares: list[np.ndarray]) -> Iterator[Tensor]:
+        """The pixels of each share, on the device: uint8, n x H x W x C."""
+        if self.resident:
+            yield from (self._kept[to_device(torch.from_numpy(s), self._device)] for s in shares)
+        elif self._device.type == "cpu" and isinstance(self.images.pixels, np.ndarray):
+            yield from (torch.from_numpy(self.images.pixels[share]) for share in shares)
+        else:
+            # What has to be read, or copied, is fetched while the step before it goes on.
+            with ThreadPoolExecutor(1, "fetching") as pool:
+                fetched = (pool.submit(self._fetch, share) for share in shares)
+                for pixels, _ in pairwise(chain(fetched, [None])):
+                    assert pixels is not None
+                    yield to_device(pixels.result(), self._device)
+
+    def _fetch(self, share: np.ndarray) -> Tensor:
+        pixels = torch.from_numpy(self.images.pixels[share])
+        return pixels.pin_memory() if self._device.type == "cuda" else pixels
+
     def _flipped(self, images: Tensor, epoch: int, step: int, share: slice, n_total: int) -> Tensor:
         """Each image mirrored left to right with probability 1/2."""
         rng = np.random.default_rng(stream_seed(self.parameters.seed, FLIPS, epoch, step))
-        flips = torch.from_numpy(rng.random(n_total)[share] < 0.5).to(self.device)
+        flips = to_device(torch.from_numpy(rng.random(n_total)[share] < 0.5), self._device)
         return torch.where(flips[:, None, None, None], images.flip(-1), images)
+
+
+def _fits(pixels: Pixels, device: torch.device) -> bool:
+    # A Dataset is asked for its images anew each time: what it draws at random is another then.
+    if device.type != "cuda" or not isinstance(pixels, np.ndarray):
+        return False
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return bool(pixels.nbytes <= MOST_OF_A_GPU * memory)
+
+
+def _copied(pixels: Pixels, device: torch.device) -> Tensor:
+    """All of them, part by part: they may be a file that is larger than what memory is free."""
+    kept = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(pixels), AT_ONCE):
+        some = np.array(pixels[start : start + AT_ONCE])
+        kept[start : start + AT_ONCE] = torch.from_numpy(some)
+    return kept

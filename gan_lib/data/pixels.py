@@ -22,6 +22,13 @@ class Pixels(Protocol):
     def __array__(self) -> np.ndarray: ...
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """The same values there. A GPU fetches them in its own time: nobody waits for it here."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
 def normalise(pixels: Tensor, mean: float = 0.5, std: float = 0.5) -> Tensor:
     """uint8 0..255 -> float32: as 0..1, minus `mean`, over `std`.
 

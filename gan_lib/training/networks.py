@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gan_lib.base.errors import DivergenceError
 from gan_lib.base.seeds import CLASSES, LATENTS, SAMPLES, WEIGHTS, stream_seed
 from gan_lib.data.batches import Batch
+from gan_lib.data.pixels import to_device
 from gan_lib.gan.augmentation import Look
 from gan_lib.gan.averaging import MovingAverage
 from gan_lib.gan.drawing import generate_images, latent_vectors, random_labels, render
@@ -82,7 +83,7 @@ class Training:
         """One optimiser step of each network; the losses of this rank."""
         p = self.parameters
         seed = stream_seed(p.seed, LATENTS, self.iteration)
-        z = latent_vectors(batch.n_total, p.nz, seed)[batch.share].to(self.device)
+        z = to_device(latent_vectors(batch.n_total, p.nz, seed)[batch.share], self.device)
         lesson = self.lesson(batch)
         with autocast(self.device, self.precision):
             # Of the same classes as the real images beside them.

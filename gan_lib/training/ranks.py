@@ -22,6 +22,7 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
 from gan_lib.base.errors import ParameterError, ReplicaError
@@ -145,6 +146,9 @@ def pick_device(wanted: str = "auto", local_rank: int | None = None) -> torch.de
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     # NCCL and the gathering of objects use the current device.
     torch.cuda.set_device(device)
+    # Some of cuDNN's ways add up in whatever order threads come by: a run that is resumed would
+    # not be the same one. (Trying all of them out first, its `benchmark`, chooses by the clock.)
+    torch.backends.cudnn.deterministic = True
     return device
 
 
@@ -180,14 +184,18 @@ def speed_of_bfloat16(device: torch.device) -> str:
     return "slower" if not told or "avx512_bf16" in told or "bf16" in told else "emulated"
 
 
-def distribute(module: nn.Module) -> DDP:
+def distribute(module: nn.Module, exchange: str = "float32") -> DDP:
     """Wrap a network for training on all ranks: the one difference that DDP makes.
 
     Buffers are not exchanged in each forward pass: `train_gan` averages them once an epoch.
+    `exchange` is what gradients travel as, "float32" or, in half the bytes, "bfloat16".
     """
     # torch 2.13 renamed the argument.
     names = inspect.signature(DDP.__init__).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     # Gradients lie where they are sent from: nothing is copied there and back.
     told: dict[str, Any] = {buffers: False}
-    return DDP(module, gradient_as_bucket_view=True, **told)
+    wrapped = DDP(module, gradient_as_bucket_view=True, **told)
+    if exchange == "bfloat16":
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped
