@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -171,11 +172,32 @@ def test_the_moving_average_has_its_half_life() -> None:
         torch.testing.assert_close(new - old, torch.full_like(new, 0.5))
     # At first it follows at once.
     MovingAverage(g, half_life=10_000_000).update(g, n=64, seen=64)
-    # Drawn from, it has BatchNorm's statistics of now.
-    g(torch.randn(64, 4))
-    average.copy_statistics(g)
-    for a, b in zip(average.generator.buffers(), g.buffers(), strict=True):
-        assert torch.equal(a, b)
+
+
+def test_the_mean_has_the_statistics_of_what_it_draws_itself() -> None:
+    torch.manual_seed(0)
+    g = Generator(16, 1, nz=4, ngf=4, classes={"dark": 3, "light": 1}).train()
+    average = MovingAverage(g, half_life=100)
+    for weights in g.parameters():
+        weights.data.mul_(1.5)
+    average.update(g, n=100, seen=10_000)
+    average.find_statistics()
+    drawer = copy.deepcopy(average.generator)
+    z, labels = torch.randn(2048, 4), torch.multinomial(torch.tensor([3.0, 1.0]), 2048, True)
+    with torch.no_grad():
+        # In eval mode, what comes out of a BatchNorm has the mean and spread that it says.
+        x = drawer.layers[0](z[:, :, None, None])
+        out = drawer.layers[1](x, labels)
+        norm = drawer.layers[1].norm
+        torch.testing.assert_close(norm.running_mean, x.mean((0, 2, 3)), rtol=0.1, atol=0.02)
+        torch.testing.assert_close(norm.running_var, x.var((0, 2, 3)), rtol=0.1, atol=0.02)
+        assert torch.isfinite(out).all()
+    # And the same ones each time, without a step in between or with none that changes it.
+    before = [value.clone() for value in average.generator.buffers()]
+    average.update(average.generator, n=100, seen=10_000)
+    average.find_statistics()
+    for one, other in zip(before, average.generator.buffers(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_what_a_run_draws_is_the_average(tmp_path: Path, tiny: TrainingParameters) -> None:

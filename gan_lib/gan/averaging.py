@@ -5,9 +5,13 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gan_lib.gan.drawing import latent_vectors, random_labels
 from gan_lib.gan.models import Generator
+
+# Images that BatchNorm's statistics are found from, drawn so many at once.
+IMAGES, AT_ONCE = 2048, 256
 
 
 class MovingAverage:
@@ -24,14 +28,15 @@ class MovingAverage:
         half_life: in images.
 
     Attributes:
-        generator: the mean. Its BatchNorm statistics are those of the generator itself, as
-            of the last `copy_statistics`.
+        generator: the mean. Its BatchNorm statistics are right after `find_statistics`.
     """
 
     def __init__(self, generator: Generator, half_life: int) -> None:
         self.half_life = half_life
         self.generator = copy.deepcopy(generator).requires_grad_(False).eval()
         self._to: list[Tensor] = list(self.generator.parameters())
+        self._norms = [m for m in self.generator.modules() if isinstance(m, nn.BatchNorm2d)]
+        self._found = False
 
     @torch.no_grad()
     def update(self, generator: Generator, n: int, seen: int) -> None:
@@ -39,9 +44,26 @@ class MovingAverage:
         half_life = min(self.half_life, 0.05 * seen)
         now: list[Tensor] = list(generator.parameters())
         torch._foreach_lerp_(self._to, now, 1 - 0.5 ** (n / half_life))
+        self._found = False
 
     @torch.no_grad()
-    def copy_statistics(self, generator: Generator) -> None:
-        """Take over BatchNorm's statistics, as they are now."""
-        for mine, its in zip(self.generator.buffers(), generator.buffers(), strict=True):
-            mine.copy_(its)
+    def find_statistics(self) -> None:
+        """Compute BatchNorm's statistics anew, from what the mean draws of the same latent vectors.
+
+        Those of the generator itself belong to other weights: drawn with them, images are further
+        from the real ones (Izmailov et al. 2018, arXiv:1803.05407, section 3.2).
+        """
+        if self._found:
+            return
+        z = latent_vectors(IMAGES, self.generator.nz, seed=0)
+        labels = random_labels(self.generator, IMAGES, seed=0)
+        told = [z] if labels is None else [z, labels]
+        device = self._to[0].device
+        for norm in self._norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean over the batches
+        self.generator.train()
+        for part in zip(*(values.to(device).split(AT_ONCE) for values in told), strict=True):
+            self.generator(*part)
+        self.generator.eval()
+        self._found = True

@@ -126,7 +126,7 @@ class Training:
         """The generator to draw with: the moving average, if there is one."""
         if self.average is None:
             return self.generator
-        self.average.copy_statistics(self.generator)
+        self.average.find_statistics()
         return self.average.generator
 
     def draw(self) -> np.ndarray:
