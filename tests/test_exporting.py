@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import http.server
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +22,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
+from playwright.sync_api import Locator, sync_playwright
 from safetensors.torch import load_file
 from test_core_install import site_with
 
@@ -24,7 +30,7 @@ from gan_lib.__main__ import main
 from gan_lib.base.errors import ParameterError
 from gan_lib.cli.generator_commands import parse_seeds
 from gan_lib.data.image_set import ImageSet
-from gan_lib.gan.drawing import draw_seeds, latent_of_seed, render
+from gan_lib.gan.drawing import draw_seeds, latent_of_seed, render, walk
 from gan_lib.gan.models import Generator, generator_of
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.exporting import onnx_bytes
@@ -173,6 +179,56 @@ def test_an_exported_generator_draws_without_gan_lib(run: str, tmp_path: Path) -
     np.testing.assert_array_equal(samples[5], expected["seed_0005.png"])
 
 
+@pytest.mark.long
+def test_the_page_draws_the_same_in_a_browser(run: str, tmp_path: Path) -> None:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium here: apt-get install chromium")
+    out = tmp_path / "out"
+    assert main(["export", run, "--out", str(out)]) == 0
+    generator = open_run(run).generator("best")
+    a, label = latent_of_seed(generator, 999)
+    expected = {(seed, 1, 0): next(draw_seeds(generator, [seed])) for seed in (0, 7, 500, 999)}
+    way = walk(torch.cat([a, latent_of_seed(generator, 2)[0]]), np.array([0.5]))
+    expected[999, 2, 50] = render(generator, way, label)[0]
+
+    def pixels(canvas: Locator) -> np.ndarray:
+        data = """c => [...c.getContext("2d").getImageData(0, 0, c.width, c.height).data]"""
+        return np.array(canvas.evaluate(data)).reshape(16, 16, 4)
+
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=out)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with sync_playwright() as browsers:
+            browser = browsers.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            view = browser.new_page()
+            for place in (out.as_uri(), f"http://127.0.0.1:{server.server_port}"):
+                asked: list[str] = []
+                view.on("request", lambda request, asked=asked: asked.append(request.url))
+                view.goto(f"{place}/demo.html")
+                for numbers, image in expected.items():
+                    for name, number in zip(("from", "to", "way"), numbers, strict=True):
+                        view.locator(f"#{name}").fill(str(number))
+                    view.evaluate("new Promise(requestAnimationFrame)")
+                    drawn = pixels(view.locator("#image"))
+                    assert (drawn[..., 3] == 255).all()
+                    assert np.abs(drawn[..., :3] - image.astype(int)).max() <= 1, numbers
+                view.locator("#wall canvas").nth(39).wait_for()
+                seventh = pixels(view.locator("#wall canvas").nth(7))
+                assert np.abs(seventh[..., :3] - expected[7, 1, 0].astype(int)).max() <= 1
+                assert view.locator("#of").is_visible() == (label is not None)
+                if label is not None:
+                    view.locator("#of").select_option("beagle")
+                    view.evaluate("new Promise(requestAnimationFrame)")
+                    beagle = render(generator, way, torch.tensor([0]))[0].astype(int)
+                    assert np.abs(pixels(view.locator("#image"))[..., :3] - beagle).max() <= 1
+                assert asked == [f"{place}/demo.html"]
+            browser.close()
+    finally:
+        server.shutdown()
+
+
 def test_what_is_exported_says_what_it_is(run: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["export", run, "--epoch", "last", "--out", str(out)]) == 0
@@ -200,6 +256,11 @@ def test_what_is_exported_says_what_it_is(run: str, tmp_path: Path) -> None:
         f"torch {torch.__version__.split('+')[0]}",
     ):
         assert words in card, words
+    page = (out / "demo.html").read_text()
+    (held,) = re.findall(r'id="weights">([^<]+)<', page)
+    assert base64.b64decode(held) == (out / "model.safetensors").read_bytes()
+    assert "licence: MIT" in page
+    assert not re.findall("@[A-Z]+@|(?:src|href)=", page.replace(held, ""))
 
 
 def test_the_card_of_own_images_tells_no_place(tiny: TrainingParameters, tmp_path: Path) -> None:

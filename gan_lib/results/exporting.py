@@ -3,12 +3,15 @@
 model.safetensors   its weights                    generate.py        draws with torch alone
 generator.onnx      all of it, for any batch size   generate_onnx.py   with onnxruntime, numpy
 config.json         what both scripts need to know  README.md          a model card
-samples.png         the images of seeds 0 to 63
+samples.png         the images of seeds 0 to 63      demo.html          draws in any browser
 """
 
 from __future__ import annotations
 
+import base64
+import html
 import json
+import re
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -20,13 +23,14 @@ from torch import nn
 from gan_lib.base.errors import ParameterError
 from gan_lib.gan.drawing import draw_seeds
 from gan_lib.gan.models import ClassBatchNorm, Generator
-from gan_lib.results.model_card import model_card
+from gan_lib.results.model_card import about_source, model_card
 from gan_lib.results.pictures import image_grid, png_bytes
 
 if TYPE_CHECKING:
     from gan_lib.results.run import Run
 
 SCRIPTS = ("generate.py", "generate_onnx.py")
+TAKEAWAY = resources.files("gan_lib.results") / "takeaway"
 N_SAMPLES = 64
 # Of 2021 and 2022: what reads ONNX files today reads these. BatchNormalization is that of 15.
 OPSET, IR_VERSION = 17, 8
@@ -60,14 +64,15 @@ def export_generator(run: Run, epoch: int | str, folder: Path) -> None:
         for name, value in generator.state_dict().items()
         if value.is_floating_point()
     }
-    (folder / "model.safetensors").write_bytes(save(weights))
+    data, config = save(weights), _config(generator)
+    (folder / "model.safetensors").write_bytes(data)
     (folder / "generator.onnx").write_bytes(network)
-    (folder / "config.json").write_text(json.dumps(_config(generator), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "demo.html").write_text(_demo(run, config, data), encoding="utf-8")
     samples = np.stack([*draw_seeds(generator, range(N_SAMPLES))])
     (folder / "samples.png").write_bytes(png_bytes(image_grid(samples)))
     for name in SCRIPTS:
-        script = resources.files("gan_lib.results") / "takeaway" / name
-        (folder / name).write_bytes(script.read_bytes())
+        (folder / name).write_bytes((TAKEAWAY / name).read_bytes())
     card = model_card(run, run.checkpoint(epoch), generator)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -82,6 +87,24 @@ def _config(generator: Generator) -> dict[str, Any]:
         "classes": generator.classes,
         "layers": [_described(layer) for _, layer in _layers(generator)],
     }
+
+
+def _demo(run: Run, config: dict[str, Any], weights: bytes) -> str:
+    """A page that holds the weights, and draws with them by JavaScript alone.
+
+    So it is one file that opens from disk, where a browser lets no page load another file.
+    """
+    title, about = about_source(run.parameters)
+    parts = {
+        "TITLE": html.escape(f"A generator trained on {title}"),
+        "ABOUT": "".join(f"<div>{html.escape(line)}</div>" for line in about),
+        # What a class is called must not end the script.
+        "CONFIG": json.dumps(config).replace("<", "\\u003c"),
+        "WEIGHTS": base64.b64encode(weights).decode(),
+    }
+    page = (TAKEAWAY / "demo.html").read_text(encoding="utf-8")
+    # In one pass: what is put in is not looked through.
+    return re.sub("@([A-Z]+)@", lambda found: parts[found[1]], page)
 
 
 def _layers(generator: Generator) -> Iterator[tuple[str, nn.Module]]:

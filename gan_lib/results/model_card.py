@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gan_lib.gan.models import Generator, count_parameters
+from gan_lib.parameters import TrainingParameters
 from gan_lib.sources import manifest
 
 if TYPE_CHECKING:
@@ -24,9 +25,7 @@ def model_card(run: Run, checkpoint: dict[str, Any], generator: Generator) -> st
     p, epoch = run.parameters, checkpoint["epoch"]
     size = f"{p.image_size} x {p.image_size}"
     colours = "grey" if p.channels == 1 else "colour"
-    entry = manifest.sources().get(p.source)
-    # Where somebody's own images lie is nobody else's business.
-    source = entry["title"] if entry else p.source.rstrip("/").rpartition("/")[2]
+    source, about = about_source(p)
     return "\n".join(
         [
             "---",
@@ -53,13 +52,14 @@ def model_card(run: Run, checkpoint: dict[str, Any], generator: Generator) -> st
             "python generate_onnx.py 0 1 2     # needs onnxruntime and numpy",
             "```",
             "",
-            "Each number is a seed, and always gives the same image. "
+            "Each number is a seed, and always gives the same image. `demo.html` draws the "
+            "same ones in a browser, also from disk. "
             + ("`--of CLASS` takes one of the classes in config.json. " if p.conditional else "")
             + "`generator.onnx` takes any number of latent vectors at once.",
             "",
             "## The images that it learnt from",
             "",
-            *_licence(entry),
+            *(f"- {line}" for line in about),
             "",
             "What it draws may resemble some of them: look before you publish.",
             "",
@@ -75,11 +75,15 @@ def model_card(run: Run, checkpoint: dict[str, Any], generator: Generator) -> st
     )
 
 
-def _licence(entry: dict[str, Any] | None) -> list[str]:
+def about_source(p: TrainingParameters) -> tuple[str, list[str]]:
+    """What the images are called that a run has learnt from, and what their owners allow."""
+    entry = manifest.sources().get(p.source)
     if entry is None:
-        return [f"- licence: {UNKNOWN}", f"- allows: {UNKNOWN}"]
+        # Where somebody's own images lie is nobody else's business.
+        name = p.source.rstrip("/").rpartition("/")[2]
+        return name, [f"licence: {UNKNOWN}", f"allows: {UNKNOWN}"]
     told = ("title", "homepage", "licence", "allows", "citation")
-    return [f"- {name}: {entry[name]}" for name in told if name in entry]
+    return entry["title"], [f"{name}: {entry[name]}" for name in told if name in entry]
 
 
 def _quality(run: Run, epoch: int) -> list[str]:
