@@ -20,6 +20,7 @@ IMAGE_SIZES = (16, 32, 64, 128, 256)
 CROPS = ("center", "squash", "box")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "float32", "bfloat16")
+COMPILE = ("off", "auto", "on")
 LOSS_NAMES = ("bce", "hinge", "relativistic")
 NORMS = ("batch", "spectral", "none")
 CHANGES = ("translation", "cutout", "color")
@@ -90,6 +91,9 @@ class TrainingParameters:
     device: str = "auto"  # "auto" takes CUDA where there is one; or "cpu", "cuda"
     # Not "auto": a run that was told nothing goes on, to the bit, as it began.
     precision: str = "float32"  # "auto" takes bfloat16 where the hardware has it
+    compile: str = "off"  # "on", or "auto": on a GPU, in a run that is long enough
+    sync_norm: bool = False  # BatchNorm over the images of all ranks, and not of each; on GPUs
+    exchange: str = "float32"  # how gradients travel; "bfloat16" is half as much, for slow networks
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -106,6 +110,8 @@ class TrainingParameters:
         require_choice("crop", self.crop, CROPS)
         require_choice("device", self.device, DEVICES)
         require_choice("precision", self.precision, PRECISIONS)
+        require_choice("compile", self.compile, COMPILE)
+        require_choice("exchange", self.exchange, PRECISIONS[1:])
         require_choice("loss", self.loss, LOSS_NAMES)
         require_choice("d_norm", self.d_norm, NORMS)
         for change in self.changes:
@@ -126,6 +132,12 @@ class TrainingParameters:
             raise ParameterError(
                 f"r1 is {self.r1}, and d_norm is 'batch': with BatchNorm an image's score depends "
                 "on the others beside it, and the penalty means nothing. Use d_norm 'none'"
+            )
+        if self.compile == "on" and (self.r1 > 0 or self.sync_norm):
+            cause = f"r1 {self.r1}" if self.r1 > 0 else "sync_norm True"
+            raise ParameterError(
+                f"compile is 'on', and {cause}: torch cannot compile that. Set compile to 'off', "
+                "or to 'auto', which compiles only what can be"
             )
         require_range("seed", self.seed, 0, 2**31 - 1)
         for name in ("lr_g", "lr_d"):

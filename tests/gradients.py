@@ -43,7 +43,7 @@ def gradients(part: Mapping[str, Any], batch: int) -> list[Tensor]:
     labels = torch.arange(batch) % 2
     z = latent_vectors(batch, 8, seed=1).double()
     if not alone:
-        g, d = distribute(g), distribute(d)
+        g, d = (distribute(module, p.exchange) for module in (g, d))
     mine = torch.arange(batch).tensor_split(world_size)[rank]
     lesson = Lesson(
         loss=p.loss,

@@ -29,6 +29,7 @@ from gan_lib.results.run import open_run
 from gan_lib.results.writing import create_run, new_run_url, refuse_taken
 from gan_lib.sources.source import resolve_source
 from gan_lib.training.rank import train_gan
+from gan_lib.training.ranks import check_machine
 from gan_lib.training.resuming import (
     refuse_differences,
     refuse_impatience,
@@ -108,6 +109,9 @@ def launch(
         else:
             refuse_taken(url)
         require_shared_run(client, url, PARAMETERS if resume else "")
+        if parameters.sync_norm or parameters.compile == "on":
+            for worker, why in failures(client, check_machine, parameters).items():
+                raise ParameterError(f"{why} (that was the worker {worker})")
         images = _prepare_on_workers(client, parameters)
         if images is not None:
             check_images(images, parameters, resume)

@@ -274,6 +274,7 @@ def describe_training(training: Training, batches: Batches, images_sha256: str) 
         "world_size": training.ranks.world_size,
         "device": str(training.device),
         "precision_taken": training.precision,
+        "compiled": training.compiled,
         "warning": training.warning,
         "device_name": torch.cuda.get_device_name(training.device)
         if training.device.type == "cuda"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ def run_epochs(
         run=None,
         records=all_records if ranks.rank == 0 else [],
         quality=measuring.lines,
-        generator=None if ranks.distributed else training.artist().cpu().eval(),
+        # A copy is not compiled, if the generator was.
+        generator=None if ranks.distributed else copy.deepcopy(training.artist()).cpu().eval(),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from gan_lib.base.errors import DivergenceError
@@ -52,6 +53,7 @@ class Training:
         self.steps_done = 0  # of the epoch after that
         self.iteration = 0
         self.seen = 0  # images, by all ranks together
+        self.compiled = False
         with torch.random.fork_rng(devices=[]):
             # On the CPU, so that every device starts from the same weights.
             torch.manual_seed(stream_seed(p.seed, WEIGHTS))
@@ -77,7 +79,21 @@ class Training:
     def _place(self, module: nn.Module) -> nn.Module:
         # channels_last is how the batches lie in memory, and what convolutions run fastest on.
         module = module.to(self.device).to(memory_format=torch.channels_last)
-        return distribute(module) if self.ranks.distributed else module
+        if self.parameters.sync_norm:
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return distribute(module, self.parameters.exchange) if self.ranks.distributed else module
+
+    def compile(self) -> None:
+        """From now on, train with code that torch writes for these networks at the first step."""
+        # Whatever was compiled in this process before counts against a limit, beyond which torch
+        # silently compiles no more; and a step looks at D in three ways, each at up to three sizes.
+        torch._dynamo.reset()
+        torch._dynamo.config.recompile_limit = 16
+        for network in self.networks.values():
+            # In place, and inside of DDP: in checkpoints everything keeps its name, and D is
+            # compiled too where it is called without its wrapper.
+            network.compile(dynamic=False)
+        self.compiled = True
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimiser step of each network; the losses of this rank."""
@@ -131,7 +147,8 @@ class Training:
 
     def draw(self) -> np.ndarray:
         """The images of the run's own latent vectors: uint8, N x H x W x C."""
-        return render(self.artist(), self.sample_latents, self.sample_labels)
+        with torch.compiler.set_stance("force_eager"):
+            return render(self.artist(), self.sample_latents, self.sample_labels)
 
     def check_losses(self, steps: list[list[float]]) -> None:
         """Raise DivergenceError for the first of the last `steps` that has no finite loss.
@@ -176,6 +193,7 @@ class Training:
             "step": self.steps_done,
             "iteration": self.iteration,
             "seen": self.seen,
+            "compiled": self.compiled,
             "parameters": self.parameters.to_dict(),
             "classes": self.generator.classes,
             **({"average": self.artist().state_dict()} if self.average else {}),
@@ -205,7 +223,9 @@ class Training:
 
     def generate(self, n: int, seed: int, part: slice) -> np.ndarray:
         """A part of `n` new images, of which each rank may draw another: uint8, as `draw`."""
-        return generate_images(self.artist(), n, seed, part=part)
+        # Compiled, each new number of images would cost more than it gains.
+        with torch.compiler.set_stance("force_eager"):
+            return generate_images(self.artist(), n, seed, part=part)
 
     def _statistics(self) -> Iterator[tuple[str, Tensor]]:
         for network, module in self.networks.items():

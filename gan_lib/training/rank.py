@@ -23,6 +23,8 @@ from gan_lib.training.ranks import (
     ATTEMPT_VARIABLE,
     LEAVE,
     Ranks,
+    check_machine,
+    pick_compile,
     pick_device,
     restarts_before,
 )
@@ -71,6 +73,7 @@ def train_gan(
     """
     if not isinstance(parameters, TrainingParameters):
         parameters = TrainingParameters.from_mapping(parameters or {})
+    check_machine(parameters)
     keep_freed_memory()
     ranks = Ranks()
     show = not ranks.distributed if progress is None else progress
@@ -94,14 +97,18 @@ def train_gan(
             keeper = RunKeeper(run, results, parameters, attempt)
         try:
             records: list[dict[str, Any]] = []
-            resumed = None
+            resumed, compiled = None, None
             if resume:
                 # Nobody is there to decide: a job that restarts begins anew if it has to.
                 start_over = restarts_before(attempt) > 0
                 state, records, damaged = ranks.from_first(lambda: keeper.take_up(start_over))
                 if state:
                     training.load(state)
+                    compiled = state.get("compiled", False)
                 resumed = {"epoch": training.epoch, "damaged": damaged}
+            steps = parameters.epochs * batches.steps_per_epoch
+            if pick_compile(parameters, ranks, steps, compiled):
+                training.compile()
             info = describe_training(training, batches, checksum)
             keeper.keep_parameters(info | {"resumed": resumed})
             keeper.keep_status("training")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import shutil
 import threading
 import warnings
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 from gan_lib.base.errors import ParameterError, ReplicaError
 from gan_lib.base.weights import weights_checksum
 from gan_lib.gan.steps import unwrap
+from gan_lib.parameters import TrainingParameters
 
 # Names the attempt of a supervised job that this process is a rank of: JOB-RESTARTS-ATTEMPT.
 ATTEMPT_VARIABLE = "GAN_LIB_ATTEMPT"
@@ -36,6 +38,8 @@ ATTEMPT_VARIABLE = "GAN_LIB_ATTEMPT"
 LEAVE = threading.Event()
 # Set when the worker of this process's rank is to end, and others may go on without it.
 RETIRE = threading.Event()
+# With fewer steps, the minute or so that compiling takes on a GPU is not won back.
+STEPS_WORTH_COMPILING = 20_000
 EMULATED = (
     "precision is bfloat16, but the hardware of some rank does not compute in it: it is emulated, "
     "up to a hundred times slower. Take auto or float32, in a new run"
@@ -182,6 +186,42 @@ def speed_of_bfloat16(device: torch.device) -> str:
     if "amx_bf16" in told:
         return "faster"
     return "slower" if not told or "avx512_bf16" in told or "bf16" in told else "emulated"
+
+
+def check_machine(p: TrainingParameters) -> None:
+    """Raise ParameterError for what is asked for and this machine cannot do."""
+    gpu = p.device != "cpu" and torch.cuda.is_available()
+    if p.sync_norm and not gpu:
+        raise ParameterError(
+            "sync_norm is True, and here is no GPU: torch computes BatchNorm over several ranks on "
+            "GPUs alone. Set it to False, or use workers that have one"
+        )
+    if p.compile == "on" and not _has_compiler(gpu):
+        raise ParameterError(
+            "compile is 'on', and here is no compiler: install g++, or set compile to 'off'"
+        )
+
+
+def pick_compile(p: TrainingParameters, ranks: Ranks, steps: int, before: bool | None) -> bool:
+    """Whether the networks are compiled, on all ranks or on none; see `check_machine`.
+
+    Args:
+        p: where `compile` is "auto", they are on GPUs, if the run is long.
+        ranks: of the run.
+        steps: of the whole run.
+        before: whether they were in the run that goes on; None if none does.
+    """
+    if p.compile != "auto" or p.r1 > 0 or p.sync_norm:
+        return p.compile == "on"
+    gpu = p.device != "cpu" and torch.cuda.is_available()
+    worth_it = steps >= STEPS_WORTH_COMPILING if before is None else before
+    return all(ranks.gather(gpu and _has_compiler(gpu))) and worth_it
+
+
+def _has_compiler(gpu: bool) -> bool:
+    # For a GPU, Triton compiles what calls its kernels with whatever C compiler there is.
+    told, usual = ("CC", ("gcc", "clang", "cc")) if gpu else ("CXX", ("g++", "clang++"))
+    return any(map(shutil.which, filter(None, (os.environ.get(told), *usual))))
 
 
 def distribute(module: nn.Module, exchange: str = "float32") -> DDP:
