@@ -5,8 +5,8 @@
 Measured in one run, in turn: the step of the usual DCGAN tutorials (float32, N x C x H x W in
 memory, a discriminator that is not frozen while the generator learns); the same with each switch
 of ours alone; and ours, as it ships. Then each convolution alone, torch's and ours, beside the
-rate of a matrix product of 2,048 in the same run. On a GPU, if there is one. Freed memory is kept
-for all of them alike (see `gan_lib.base.memory`).
+rate of a matrix product of 2,048 in the same run (8,192 on a GPU, which is taken where there is
+one). Freed memory is kept for all of them alike (see `gan_lib.base.memory`).
 
 A figure is the fastest of a few steps in each round, and the median of the rounds: other work on
 the machine makes single steps slower, never faster.
@@ -20,6 +20,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -40,9 +41,10 @@ from gan_lib.training.ranks import Ranks, pick_device, speed_of_bfloat16
 
 # Width of both networks at each size: what the profiles train with.
 WIDTHS = {16: 16, 32: 32, 64: 64, 128: 64}
-# Steps of one variant before it is another's turn.
-STEPS_IN_TURN = 4
-SIDE = 2048  # of the matrices
+# Steps of one variant before it is another's turn; a GPU, which takes a fraction of the time and
+# is told of the next step while it does this one, does so many more of them for each.
+STEPS_IN_TURN, MORE_ON_A_GPU = 4, 20
+SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices
 
 Step = Callable[[Tensor], Any]
 
@@ -108,9 +110,11 @@ def as_torch_does(network: nn.Module) -> None:
             module.__class__ = nn.ConvTranspose2d
 
 
-def our_step(p: TrainingParameters, device: torch.device) -> Step:
+def our_step(p: TrainingParameters, device: torch.device, compiled: bool = False) -> Step:
     """The step of `gan_lib`, as `train_gan` takes it."""
     training = Training(p, Ranks(), device)
+    if compiled:
+        training.compile()
 
     def step(real: Tensor) -> Any:
         labels = torch.zeros(len(real), dtype=torch.int64, device=device)
@@ -133,28 +137,38 @@ def variants(
     }
     if fast != "float32":
         switches["bfloat16"] = {"precision": fast}
+    if device.type == "cuda":
+        switches["cudnn.benchmark"] = {}
     if compiled:
         switches["compiled"] = {"compiled": True}
 
     def usual(told: dict[str, Any]) -> Callable[[], Step]:
         return lambda: tutorial_step(p, device, **told)
 
-    def ours(precision: str) -> Callable[[], Step]:
-        return lambda: our_step(p.replace(precision=precision), device)
+    def ours(precision: str, compiled: bool = False) -> Callable[[], Step]:
+        return lambda: our_step(p.replace(precision=precision), device, compiled)
 
     made = {name: usual(told) for name, told in switches.items()}
-    return made | {f"ours, {name}": ours(name) for name in dict.fromkeys(("float32", fast))}
+    made |= {f"ours, {name}": ours(name) for name in dict.fromkeys(("float32", fast))}
+    return made | ({f"ours, {fast}, compiled": ours(fast, True)} if compiled else {})
+
+
+def cudnn(name: str) -> AbstractContextManager[None]:
+    """As torch has it, but for ours, which can be repeated, and for one that tries ways out."""
+    told = {"benchmark": name == "cudnn.benchmark", "deterministic": name.startswith("ours")}
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=True, **told)
 
 
 def seconds_of(step: Callable[[], Any], device: torch.device, n: int = STEPS_IN_TURN) -> float:
-    """The fastest of `n` calls."""
-    found = []
+    """The fastest of `n` calls; on a GPU, of `n` rows of calls, for each."""
+    found, in_a_row = [], MORE_ON_A_GPU if device.type == "cuda" else 1
     for _ in range(n):
         wait(device)
         began = time.perf_counter()
-        step()
+        for _ in range(in_a_row):
+            step()
         wait(device)
-        found.append(time.perf_counter() - began)
+        found.append((time.perf_counter() - began) / in_a_row)
     return min(found)
 
 
@@ -166,8 +180,9 @@ def wait(device: torch.device) -> None:
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Operations per second of a matrix product, a multiplication and an addition being two."""
-    a, b = (torch.randn(SIDE, SIDE, device=device).to(dtype) for _ in range(2))
-    return 2 * SIDE**3 / seconds_of(lambda: a @ b, device, 10)
+    side = SIDES[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / seconds_of(lambda: a @ b, device, 10)
 
 
 def layers(
@@ -278,13 +293,23 @@ def measure(
     """Seconds of a step of each variant, in each round."""
     real = torch.rand(p.batch_size, p.channels, p.image_size, p.image_size, device=device) * 2 - 1
     real = real.contiguous(memory_format=torch.channels_last)
-    steps = {name: make() for name, make in variants(p, device, compiled).items()}
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(1 + rounds):
+    found: dict[str, list[float]] = {}
+    steps: dict[str, Step] = {}
+    for name, make in variants(p, device, compiled).items():
+        try:
+            with cudnn(name):
+                steps[name] = make()
+                # Memory is allocated, convolutions are chosen, and what is to be is compiled.
+                seconds_of(partial(steps[name], real), device)
+        except Exception as error:  # of a compiler, say: the others are worth measuring
+            steps.pop(name, None)
+            print(f"{name} fails: {type(error).__name__}: {error}")
+    for _ in range(rounds):
         for name, step in steps.items():
-            found[name].append(seconds_of(partial(step, real), device))
-    # In the first round, memory is allocated and convolutions are chosen.
-    return {name: seconds[1:] for name, seconds in found.items()}
+            with cudnn(name):
+                seconds = seconds_of(partial(step, real), device)
+            found.setdefault(name, []).append(seconds)
+    return found
 
 
 def print_table(titles: list[str], rows: list[list[str]]) -> None:
@@ -332,6 +357,9 @@ def main() -> None:
         torch.set_num_threads(told.threads)
     device = pick_device()
     keep_freed_memory()
+    if device.type == "cuda":
+        # As cuDNN's convolutions have it unless one forbids it: a ceiling of the same kind.
+        torch.set_float32_matmul_precision("high")
     print(f"{machine(device)}, torch {torch.__version__}, Python {platform.python_version()}")
     pictured: dict[int, dict[str, float]] = {}
     for size in told.sizes:
@@ -349,7 +377,7 @@ def main() -> None:
             print_table(["step", "images/s", "ratio"], rows)
             pictured.setdefault(size, rates)
             for name, seconds in found.items():
-                if name.startswith("ours") and not told.no_layers:
+                if name.startswith("ours") and "compiled" not in name and not told.no_layers:
                     by_layer(p, device, name.split(", ")[1], min(seconds))
     if told.picture:
         draw(pictured, told.picture)

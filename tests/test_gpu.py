@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +100,53 @@ def test_two_ranks_share_a_gpu_over_gloo(tiny: TrainingParameters) -> None:
         close_cluster(client)
 
 
+@pytest.mark.gpu
+def test_batchnorm_over_two_ranks_is_that_of_one(tiny: TrainingParameters) -> None:
+    client = start_cluster(2, device="cpu")
+    try:
+        told = tiny.replace(device="cuda", sync_norm=True, epochs=2)
+        (one,) = run_ranks(client, train_gan, 1, device="cpu", parameters=told)
+        first, second = run_ranks(client, train_gan, 2, device="cpu", parameters=told)
+    finally:
+        close_cluster(client)
+    assert first.weights_sha256 == second.weights_sha256
+    for alone, shared in zip(one.records, first.records, strict=True):
+        assert shared["loss_d"] == pytest.approx(alone["loss_d"], rel=1e-3)
+        assert shared["loss_g"] == pytest.approx(alone["loss_g"], rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_compiled_on_a_gpu_it_trains_alike_and_is_resumed_to_the_bit(
+    tmp_path: Path, tiny: TrainingParameters
+) -> None:
+    place, told = str(tmp_path / "run"), tiny.replace(device="cuda", compile="on", epochs=2)
+    plain, whole = train_gan(told.replace(compile="off")), train_gan(told)
+    train_gan(told.replace(epochs=1), run=place)
+    assert train_gan(told, run=place, resume=True).weights_sha256 == whole.weights_sha256
+    for one, other in zip(plain.records, whole.records, strict=True):
+        assert other["loss_d"] == pytest.approx(one["loss_d"], rel=1e-2)
+        assert other["loss_g"] == pytest.approx(one["loss_g"], rel=1e-2)
+
+
+@pytest.mark.gpu
+def test_a_killed_worker_is_replaced_and_the_job_goes_on(
+    tmp_path: Path, tiny: TrainingParameters
+) -> None:
+    client = start_cluster(device="cuda")
+    try:
+        told = tiny.replace(device="cuda", epochs=500, checkpoint_every=5)
+        job = launch(client, told, run=str(tmp_path / "run"))
+        deadline = time.monotonic() + 120
+        while not job.run.epochs("checkpoints") and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(client.run(os.getpid)[job.workers[0]], signal.SIGKILL)
+        job.result()
+        assert len(job.restarts) == 1
+        assert job.run.records()["iteration"].tolist() == list(range(1, 1501))
+    finally:
+        close_cluster(client)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_one_sentence_says_what_is_needed() -> None:
     done = subprocess.run(
@@ -103,3 +155,18 @@ def test_without_a_gpu_one_sentence_says_what_is_needed() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("make gpu needs a machine with an NVIDIA GPU")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.long
+def test_make_gpu_can_be_rehearsed_without_one() -> None:
+    report = CHECKOUT / "gpu-report.md"
+    command = [sys.executable, "benchmarks/gpu.py", "--rehearse", "--seconds", "20"]
+    try:
+        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+        assert done.returncode == 0, report.read_text()
+        (place,) = re.findall(r"newest picture: (.*)/dogs/samples/.*png", done.stdout)
+        assert report.read_text().count("That took") == 4
+        assert (Path(place) / "step.png").exists()
+        shutil.rmtree(place)
+    finally:
+        report.unlink(missing_ok=True)

@@ -160,14 +160,10 @@ class Batches:
         else:
             # What has to be read, or copied, is fetched while the step before it goes on.
             with ThreadPoolExecutor(1, "fetching") as pool:
-                fetched = (pool.submit(self._fetch, share) for share in shares)
+                fetched = (pool.submit(self.images.pixels.__getitem__, share) for share in shares)
                 for pixels, _ in pairwise(chain(fetched, [None])):
                     assert pixels is not None
-                    yield to_device(pixels.result(), self._device)
-
-    def _fetch(self, share: np.ndarray) -> Tensor:
-        pixels = torch.from_numpy(self.images.pixels[share])
-        return pixels.pin_memory() if self._device.type == "cuda" else pixels
+                    yield to_device(torch.from_numpy(pixels.result()), self._device)
 
     def _flipped(self, images: Tensor, epoch: int, step: int, share: slice, n_total: int) -> Tensor:
         """Each image mirrored left to right with probability 1/2."""

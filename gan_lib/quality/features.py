@@ -97,7 +97,7 @@ def features_of(pixels: Pixels, network: FeatureNetwork, bar: ProgressBar | None
     weights = next(network.parameters(), None) if isinstance(network, nn.Module) else None
     device = torch.device("cpu") if weights is None else weights.device
     found = []
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         for start in range(0, len(pixels), BATCH):
             # A copy: torch wants to be able to write to what it is given.
             images = torch.from_numpy(np.array(pixels[start : start + BATCH])).permute(0, 3, 1, 2)
