@@ -5,7 +5,8 @@ r"""What do more ranks bring, and what would a thousand?
     python benchmarks/scaling.py --links 50 200 800
 
 The first measures: the same batch over more ranks (strong scaling), and as many images for each
-rank (weak scaling). The second computes what 2 to 1,000 ranks would do, from the steps of one
+rank (weak scaling), and what the ranks would take to exchange their gradients if they did nothing
+else meanwhile. The second computes what 2 to 1,000 ranks would do, from the steps of one
 rank and the rate of an all-reduce, measured between the workers or given. The third checks that:
 2 and 4 ranks in network namespaces of this machine, between which Linux lets through so many
 Mbit/s (root only): predicted first, then measured.
@@ -71,8 +72,10 @@ def seconds_per_step(p: TrainingParameters, steps: int = 12) -> dict[str, float]
         if step == 3 + steps:
             break
     weights = [w for network in training.networks.values() for w in network.parameters()]
-    told = {"seconds": statistics.median(found[4:]), "bytes": 4.0 * sum(w.numel() for w in weights)}
-    return told | ({"rate": all_reduce_rate(device)} if ranks.distributed else {})
+    each = 2.0 if p.exchange == "bfloat16" else 4.0
+    size = each * sum(weight.numel() for weight in weights)
+    told = {"seconds": statistics.median(found[4:]), "bytes": size}
+    return told | {"rate": all_reduce_rate(device) if ranks.distributed else float("inf")}
 
 
 def all_reduce_rate(device: torch.device, size: int = 4 * 2**20) -> float:
@@ -86,7 +89,12 @@ def all_reduce_rate(device: torch.device, size: int = 4 * 2**20) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         found.append(time.perf_counter() - began)
-    return 2 * (n - 1) / n * size / statistics.median(found)
+    return 2 * (n - 1) / n * size / statistics.median(found) or float("inf")
+
+
+def exchange_seconds(ranks: int, size: float, rate: float) -> float:
+    """What ranks take that add up `size` bytes over links of `rate` bytes per second."""
+    return 2 * (ranks - 1) / ranks * size / rate
 
 
 class Model:
@@ -100,7 +108,7 @@ class Model:
     def step(self, batch: int, ranks: int, rate: float, ranks_per_core: float = 1.0) -> float:
         """Seconds of a step of `ranks`, joined by links of `rate` bytes per second."""
         computing = (self.constant + self.per_image * batch / ranks) * ranks_per_core
-        return computing + 2 * (ranks - 1) / ranks * self.bytes / rate
+        return computing + exchange_seconds(ranks, self.bytes, rate)
 
     def efficiency(self, batch: int, ranks: int, rate: float) -> float:
         """What part of `ranks` times one rank's images per second they reach together."""
@@ -127,8 +135,10 @@ def model_of(p: TrainingParameters, client: Client) -> Model:
 def measure(p: TrainingParameters, client: Client, ranks: list[int], picture: str | None) -> None:
     """Print, and draw, what each number of ranks reaches."""
     rates: dict[str, list[float]] = {"strong": [], "weak": []}
-    print_row("scaling", "ranks", "batch", "images/s", "efficiency", "ms a step")
-    print_row(*["---"] * 6)
+    labels = {"strong": "one batch, shared", "weak": "a batch for each rank"}
+    columns = "scaling", "ranks", "batch", "images/s", "efficiency", "ms a step", "to exchange"
+    print_row(*columns)
+    print_row(*["---"] * len(columns))
     for kind, found in rates.items():
         for n in ranks:
             batch = p.batch_size * (n if kind == "weak" else 1)
@@ -137,12 +147,13 @@ def measure(p: TrainingParameters, client: Client, ranks: list[int], picture: st
             seconds = max(step["seconds"] for step in steps)
             found.append(batch / seconds)
             efficiency = found[-1] / found[0] * ranks[0] / n
+            exchanging = max(exchange_seconds(n, s["bytes"], s["rate"]) for s in steps)
             figures = f"{found[-1]:,.0f}", f"{efficiency:.2f}", f"{1e3 * seconds:.1f}"
-            print_row(kind, str(n), str(batch), *figures)
+            print_row(kind, str(n), str(batch), *figures, f"{1e3 * exchanging:.1f}")
     if picture:
         figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
         for kind, found in rates.items():
-            axes.plot(ranks, found, "o-", label=kind)
+            axes.plot(ranks, found, "o-", label=labels[kind])
         ideal = [rates["strong"][0] * n / ranks[0] for n in ranks]
         axes.plot(ranks, ideal, "--", color="0.5", label="ideal")
         axes.set(title="images per second by ranks", xlabel="ranks", ylabel="images/s", ylim=0)
@@ -159,7 +170,7 @@ def predict(p: TrainingParameters, client: Client, gbit: list[float]) -> None:
     if not rates:
         n = len(client.nthreads())
         told = run_ranks(client, seconds_per_step, n, device=p.device, p=p)
-        rate = min(t.get("rate", float("inf")) for t in told)
+        rate = min(t["rate"] for t in told)
         rates = {f"measured, {rate * 8e-9:.1f} Gbit/s": rate}
     print(
         f"a step of one rank: {1e3 * model.constant:.1f} ms and {1e3 * model.per_image:.3f} ms for "
@@ -223,6 +234,7 @@ def run_apart(p: TrainingParameters, names: list[str]) -> list[dict[str, Any]]:
     n = max(1, len(names))
     # Those of one machine share its cores.
     told = ["--batch", str(p.batch_size), "--size", str(p.image_size), "--width", str(p.ngf)]
+    told += ["--precision", p.precision, "--exchange", p.exchange]
     ranks = []
     for rank in range(n):
         inside = ["ip", "netns", "exec", names[rank]] if names else []
@@ -266,6 +278,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="float32")
+    parser.add_argument("--exchange", default="float32", help="or bfloat16: half the bytes")
     parser.add_argument("--predict", action="store_true")
     parser.add_argument("--gbit", type=float, nargs="*", default=[], help="rates of the links")
     parser.add_argument("--links", type=float, nargs="+", help="Mbit/s to check the prediction at")
@@ -274,7 +287,7 @@ def main() -> None:
     told = parser.parse_args()
     p = TrainingParameters(
         image_size=told.size, ngf=told.width, ndf=told.width, batch_size=told.batch,
-        device=told.device, precision=told.precision,
+        device=told.device, precision=told.precision, exchange=told.exchange,
     )  # fmt: skip
     if told.as_rank:
         as_rank(p, *told.as_rank)
