@@ -38,6 +38,7 @@ ALL: dict[str, Any] = {
     "lr_g": 4e-4,
     "lr_d": 4e-4,
     "batch_size": 32,
+    "d_bias": True,
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "article": {},
@@ -46,11 +47,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lr_d 4e-4": {"lr_d": 4e-4},
     "both rates 4e-4": {"lr_g": 4e-4, "lr_d": 4e-4},
     "batches of 32": {"batch_size": 32},
+    "offset": {"d_bias": True},
     "classes": {"conditional": True},
     "augmentation": {"augment": "translation,cutout,color"},
     "relativistic": {"loss": "relativistic"},
     "hinge, spectral": {"loss": "hinge", "d_norm": "spectral", "lr_d": 1e-3},
     "relativistic, r1": {"loss": "relativistic", "d_norm": "none", "r1": 0.05, "lr_d": 4e-4},
+    "all but the offset": {**ALL, "d_bias": False},
     "all, batches of 64": {**ALL, "batch_size": 64},
     "all, batches of 64, lr_g 2e-4": {**ALL, "batch_size": 64, "lr_g": 2e-4},
     "all": ALL,

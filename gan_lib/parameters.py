@@ -51,6 +51,7 @@ class TrainingParameters:
     ngf: int = 64  # generator width: feature maps before its last layer
     ndf: int = 64  # discriminator width: feature maps after its first layer
     d_norm: str = "batch"  # of the discriminator's layers: "batch", "spectral" or "none"
+    d_bias: bool = False  # with "batch": an offset in its first layer, by which it sees contrast
     conditional: bool = False  # tell both networks the class of each image
 
     # The training

@@ -52,6 +52,7 @@ PARTS = {
     "no norm": {"d_norm": "none"},
     "r1": {"d_norm": "none", "r1": 1.0, "r1_every": 1},
     "r1 and r2": {"d_norm": "none", "r1": 1.0, "r1_every": 1, "loss": "relativistic"},
+    "bias": {"d_bias": True},
     "augment": {"augment": "translation,cutout,color"},
     "jitter": {"color_jitter": 0.3},
     "conditional": {"conditional": True},
@@ -108,6 +109,15 @@ def test_images_come_through_a_discriminator_without_batchnorm(norm: str) -> Non
     d = Discriminator(64, 3, ndf=16, norm=norm)
     light, dark = torch.ones(1, 3, 64, 64), -torch.ones(1, 3, 64, 64)
     assert (d(light) - d(dark)).abs().item() > 0.001
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_batchnorm_hides_the_contrast_unless_the_first_layer_has_an_offset(bias: bool) -> None:
+    torch.manual_seed(0)
+    d = Discriminator(32, 3, ndf=32, bias=bias).train()
+    images = torch.rand(32, 3, 32, 32) * 2 - 1
+    whole, half = d(images), d(images / 2)
+    assert torch.allclose(whole, half, atol=0.1 * whole.std().item()) is not bias
 
 
 @pytest.mark.parametrize("name", CHANGES)

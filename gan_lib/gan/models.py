@@ -119,6 +119,11 @@ class Discriminator(nn.Module):
     penalties need it. With `n_classes` it judges an image together with its class, by a
     projection (Miyato and Koyama 2018, arXiv:1802.05637, equation 3).
 
+    `bias` gives the first layer an offset. As published there is none, and then BatchNorm takes
+    out what the layers before it left in: a batch of images with half the contrast has the same
+    scores, and nothing holds the generator to the contrast of the real ones. The other norms have
+    offsets in any case.
+
     Shapes:
         (N, channels, image_size, image_size) -> (N,); with `n_classes` also labels, (N,).
     """
@@ -130,13 +135,14 @@ class Discriminator(nn.Module):
         ndf: int = 64,
         norm: str = "batch",
         n_classes: int = 0,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         widths = [ndf * factor for factor in _width_factors(image_size)]
         own_offset = norm != "batch"  # BatchNorm brings one
         # No BatchNorm on the first layer (section 3): it would hide the images' own statistics.
         layers: list[nn.Module] = [
-            Conv2d(channels, widths[0], kernel_size=4, stride=2, padding=1, bias=own_offset),
+            Conv2d(channels, widths[0], 4, stride=2, padding=1, bias=own_offset or bias),
             nn.LeakyReLU(0.2, inplace=True),
         ]
         for c_in, c_out in pairwise(widths):
@@ -169,7 +175,7 @@ def generator_of(p: TrainingParameters, classes: Mapping[str, int] | None = None
 def discriminator_of(p: TrainingParameters, n_classes: int = 0) -> Discriminator:
     """A new discriminator as the parameters describe it, see `generator_of`."""
     told = n_classes if p.conditional else 0
-    return Discriminator(p.image_size, p.channels, p.ndf, p.d_norm, told)
+    return Discriminator(p.image_size, p.channels, p.ndf, p.d_norm, told, p.d_bias)
 
 
 def initialise_weights(module: nn.Module) -> None:
