@@ -31,7 +31,9 @@ from gan_lib.gan.steps import FAKE, REAL, Lesson, r1_penalty
 from gan_lib.jobs.launching import run_ranks
 from gan_lib.parameters import CHANGES, TrainingParameters
 from gan_lib.results.run import open_run
+from gan_lib.training.networks import Training
 from gan_lib.training.rank import train_gan
+from gan_lib.training.ranks import Ranks
 
 EVERYTHING = {
     "loss": "relativistic",
@@ -208,6 +210,16 @@ def test_the_mean_has_the_statistics_of_what_it_draws_itself() -> None:
     average.find_statistics()
     for one, other in zip(before, average.generator.buffers(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_mean_waits_for_no_other_rank(tiny: TrainingParameters) -> None:
+    training = Training(tiny.replace(ema_images=100, sync_norm=True), Ranks(), torch.device("cpu"))
+    asks_others = [
+        [m for m in network.modules() if isinstance(m, nn.SyncBatchNorm)]
+        for network in (training.generator, training.average.generator)
+    ]
+    assert asks_others[0] and not asks_others[1]
+    assert training.draw().shape == (16, 16, 16, 1)
 
 
 def test_what_a_run_draws_is_the_average(tmp_path: Path, tiny: TrainingParameters) -> None:

@@ -59,13 +59,16 @@ class Training:
             torch.manual_seed(stream_seed(p.seed, WEIGHTS))
             self.generator = generator_of(p, classes)
             self.discriminator = discriminator_of(p, len(classes or ()))
+        # Before BatchNorm may become that of all ranks: the mean draws on one rank alone.
+        self.average = MovingAverage(self.generator, p.ema_images) if p.ema_images else None
+        if self.average:
+            self.average.generator.to(device).to(memory_format=torch.channels_last)
         self.g = self._place(self.generator)
         self.d = self._place(self.discriminator)
         # Fused: one pass over weights, gradients and moments, where there were a dozen.
         adam = partial(torch.optim.Adam, betas=(p.beta1, p.beta2), fused=True)
         self.optimizer_g = adam(self.g.parameters(), lr=p.lr_g)
         self.optimizer_d = adam(self.d.parameters(), lr=p.lr_d)
-        self.average = MovingAverage(self.generator, p.ema_images) if p.ema_images else None
         self.sample_latents = latent_vectors(p.n_samples, p.nz, stream_seed(p.seed, SAMPLES))
         self.sample_labels = random_labels(
             self.generator, p.n_samples, stream_seed(p.seed, CLASSES)
