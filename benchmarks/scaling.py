@@ -8,8 +8,8 @@ The first measures: the same batch over more ranks (strong scaling), and as many
 rank (weak scaling), and what the ranks would take to exchange their gradients if they did nothing
 else meanwhile. The second computes what 2 to 1,000 ranks would do, from the steps of one
 rank and the rate of an all-reduce, measured between the workers or given. The third checks that:
-2 and 4 ranks in network namespaces of this machine, between which Linux lets through so many
-Mbit/s (root only): predicted first, then measured.
+2 and 4 ranks on hosts that are network namespaces of this machine, each of which sends so many
+Mbit/s at most (root only): predicted first, then measured.
 
 The model: a rank's step takes a constant and a time for each image; all ranks that share a core
 take turns. An exchange of b bytes over n ranks takes 2 (n - 1) / n * b / rate, as in a ring
@@ -19,14 +19,12 @@ take turns. An exchange of b bytes over n ranks takes 2 (n - 1) / n * b / rate, 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 os.environ |= {"GAN_LIB_HEADLESS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -43,6 +41,7 @@ from gan_lib.data.batches import Batches
 from gan_lib.data.image_set import ImageSet
 from gan_lib.jobs.launching import run_ranks
 from gan_lib.parameters import TrainingParameters
+from gan_lib.practice.hosts import INTERFACE, Hosts, hosts
 from gan_lib.training.networks import Training
 from gan_lib.training.ranks import Ranks, pick_device
 
@@ -190,63 +189,34 @@ def predict(p: TrainingParameters, client: Client, gbit: list[float]) -> None:
             )  # fmt: skip
 
 
-@contextlib.contextmanager
-def namespaces(n: int, mbit: float) -> Iterator[list[str]]:
-    """Network namespaces on one bridge, each of which sends at most `mbit` Mbit/s."""
-    names = [f"gan{i}" for i in range(n)]
-
-    def ip(*told: str) -> None:
-        subprocess.run(["ip", *told], check=True)
-
-    ip("link", "add", "ganbridge", "type", "bridge")
-    try:
-        ip("link", "set", "ganbridge", "up")
-        for i, name in enumerate(names):
-            ip("netns", "add", name)
-            ip("link", "add", f"outer{i}", "type", "veth", "peer", "name", "inner", "netns", name)
-            ip("link", "set", f"outer{i}", "master", "ganbridge", "up")
-            ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "inner")
-            for link in ("lo", "inner"):
-                ip("-n", name, "link", "set", link, "up")
-            limit = f"rate {mbit}mbit burst 256kb latency 400ms".split()
-            limited = ["tc", "-n", name, "qdisc", "add", "dev", "inner", "root", "tbf", *limit]
-            subprocess.run(limited, check=True)
-        yield names
-    finally:
-        # Links first: with its namespace, a link goes some time later.
-        for i, name in enumerate(names):
-            for end in (["link", "del", f"outer{i}"], ["netns", "del", name]):
-                subprocess.run(["ip", *end], check=False)
-        ip("link", "del", "ganbridge")
-
-
 def as_rank(p: TrainingParameters, rank: int, n: int) -> None:
-    """In a namespace: take part, and print what was found."""
+    """On a host: take part, and print what was found."""
     torch.set_num_threads(1)
     if n > 1:
-        os.environ.update(MASTER_ADDR="10.77.0.1", MASTER_PORT="29500", GLOO_SOCKET_IFNAME="inner")
+        os.environ.update(MASTER_PORT="29500", GLOO_SOCKET_IFNAME=INTERFACE)
         dist.init_process_group("gloo", rank=rank, world_size=n)
     print(json.dumps(seconds_per_step(p)), flush=True)
 
 
-def run_apart(p: TrainingParameters, names: list[str]) -> list[dict[str, Any]]:
-    """One rank in each namespace; without names, one rank where this process is."""
-    n = max(1, len(names))
+def run_apart(p: TrainingParameters, on: Hosts | None = None) -> list[dict[str, Any]]:
+    """One rank on each host; without hosts, one rank where this process is."""
+    n = len(on.addresses) if on else 1
+    environment = os.environ | ({"MASTER_ADDR": on.addresses[0]} if on else {})
     # Those of one machine share its cores.
     told = ["--batch", str(p.batch_size), "--size", str(p.image_size), "--width", str(p.ngf)]
     told += ["--precision", p.precision, "--exchange", p.exchange]
     ranks = []
     for rank in range(n):
-        inside = ["ip", "netns", "exec", names[rank]] if names else []
+        inside = on.inside(rank) if on else []
         command = [*inside, sys.executable, __file__, *told, "--as-rank", str(rank), str(n)]
-        ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     return [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
 
 
 def check(p: TrainingParameters, mbit: list[float]) -> None:
     """Print what is predicted for 2 and 4 ranks over slow links, and then what they do."""
     (small,), (large,) = (
-        run_apart(p.replace(batch_size=n), []) for n in (p.batch_size // 4, p.batch_size)
+        run_apart(p.replace(batch_size=n)) for n in (p.batch_size // 4, p.batch_size)
     )
     sizes = small["seconds"], p.batch_size // 4, large["seconds"], p.batch_size
     model = Model(*sizes, large["bytes"])
@@ -257,8 +227,10 @@ def check(p: TrainingParameters, mbit: list[float]) -> None:
         for rate in mbit:
             predicted = model.step(p.batch_size, n, rate * 1e6 / 8, crowd)
             print(f"| {n} | {rate:g} | {1e3 * predicted:.0f} |", end=" ", flush=True)
-            with namespaces(n, rate) as names:
-                seconds = max(rank["seconds"] for rank in run_apart(p, names))
+            with hosts(n) as slow:
+                for host in range(n):
+                    slow.limit(host, rate)
+                seconds = max(rank["seconds"] for rank in run_apart(p, slow))
             print(f"{1e3 * seconds:.0f} | {seconds / predicted:.2f} |", flush=True)
 
 

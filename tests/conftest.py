@@ -19,6 +19,7 @@ from gan_lib.cluster.starting import close_cluster, start_cluster
 from gan_lib.data.image_set import ImageSet
 from gan_lib.data.images import prepare_images
 from gan_lib.parameters import TrainingParameters
+from gan_lib.practice.hosts import Hosts, hosts
 from gan_lib.practice.s3_server import serve_s3
 from gan_lib.results import files
 
@@ -98,6 +99,16 @@ def own_client() -> Iterator[Client]:
     client = start_cluster(2, device="cpu")
     yield client
     close_cluster(client)
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[Hosts]:
+    """Two hosts with addresses of their own; skips the test where there can be none."""
+    try:
+        with hosts(2) as made:
+            yield made
+    except OSError as error:
+        pytest.skip(f"no hosts on this machine, which needs root and iproute2: {error}")
 
 
 @pytest.fixture(autouse=True)

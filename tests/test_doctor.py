@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -18,10 +19,9 @@ import pytest
 import torch
 from distributed import Client
 from fault_proxy import fault_proxy
-from foreign import started
+from foreign import ForeignCluster, started
 from s3fs import S3FileSystem
 from test_shards import make_folder
-from two_hosts import HERE, THERE, WORKER, two_hosts
 from uploading import upload
 
 from gan_lib.__main__ import main
@@ -32,6 +32,7 @@ from gan_lib.doctor.examining import CHECKS, Check, code_of, examine, explain, f
 from gan_lib.doctor.finding import Finding, ok
 from gan_lib.doctor.patient import Patient
 from gan_lib.parameters import TrainingParameters
+from gan_lib.practice.hosts import INTERFACE, Hosts
 from gan_lib.practice.s3_server import serve_s3
 
 LETTERS = {check.name: letter for letter, check in CHECKS.items()}
@@ -214,30 +215,84 @@ def test_the_rank_that_is_missing_is_named(
     assert f"rank 1 ({busy}) is missing: it did not begin" in missing.found
 
 
+@pytest.fixture
+def across(
+    two_hosts: Hosts, tiny: TrainingParameters, tmp_path: Path
+) -> Iterator[Callable[[], Patient]]:
+    """Starts a worker on each of two hosts, for somebody to look at; their scheduler is here."""
+    theirs = ForeignCluster(tmp_path, path=[CHECKOUT], host=two_hosts.here)
+    told = tiny.to_dict() | {"address": theirs.address, "n_workers": 2}
+    patient = Patient(told)
+
+    def start() -> Patient:
+        for host, address in enumerate(two_hosts.addresses):
+            theirs.add_worker(host=address, inside=two_hosts.inside(host))
+        with Client(theirs.address) as plain:
+            plain.wait_for_workers(2, timeout=200)
+        return patient
+
+    yield start
+    patient.close()
+    theirs.kill()
+
+
+# What a firewall does that lets Dask's ports through and no others.
+FIREWALL = """
+table inet firewall {{
+  chain in {{ type filter hook input priority 0; {closed} drop; }}
+  chain out {{ type filter hook output priority 0; {closed} drop; }}
+}}
+"""
+
+
 @pytest.mark.long
 def test_two_hosts_between_which_ports_are_closed(
-    tiny: TrainingParameters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_hosts: Hosts, across: Callable[[], Patient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with two_hosts(tmp_path) as hosts:
-        with Client(hosts.address) as plain:
-            plain.wait_for_workers(2, timeout=120)
-        patient = Patient(tiny.to_dict() | {"address": hosts.address, "n_workers": 2})
-        try:
-            open_ = dict(examine(patient, "GLRS"))
-            hosts.close_ports()
-            monkeypatch.setattr(network, "SECONDS_TO_EXCHANGE", 20)
-            closed = dict(examine(patient, "RS"))
-        finally:
-            patient.close()
+    if not shutil.which("nft"):
+        pytest.skip("a firewall needs nftables")
+    patient = across()
+    open_ = dict(examine(patient, "GLRS"))
+    one, other = sorted(patient.opened().nthreads())
+    known = [address.rpartition(":")[2] for address in (patient.address, one, other)]
+    closed_ports = f"tcp dport != {{ {', '.join(known)} }} tcp flags & (syn|ack) == syn"
+    subprocess.run(
+        [*two_hosts.inside(1), "nft", "-f", "-"],
+        input=FIREWALL.format(closed=closed_ports), text=True, check=True,
+    )  # fmt: skip
+    monkeypatch.setattr(network, "SECONDS_TO_EXCHANGE", 20)
+    closed = dict(examine(patient, "RS"))
     assert {finding.verdict for finding in open_.values()} == {"ok"}, open_
-    assert "gan-here, gan-there" in open_["R"].found
+    assert f"by {INTERFACE}" in open_["R"].found
     assert "2 ranks, gloo" in open_["S"].found
-    one, other = f"tcp://{HERE}:{WORKER}", f"tcp://{THERE}:{WORKER}"
     assert f"{one} does not reach {other} (port " in closed["R"].found
     assert f"{other} does not reach {one} (port " in closed["R"].found
-    missing = f"rank 1 ({other}) is missing: it does not reach rank 0 on {HERE}"
+    assert "large" not in closed["R"].found
+    missing = f"rank 1 ({other}) is missing: it does not reach rank 0 on {two_hosts.addresses[0]}"
     assert closed["S"].found == missing
     assert "on all TCP ports" in closed["R"].cure
+
+
+@pytest.mark.long
+def test_two_hosts_with_larger_packets_than_pass_between_them(
+    two_hosts: Hosts, across: Callable[[], Patient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for host in range(2):
+        # One at a time, as they leave a real network card: Linux would hand on many as one.
+        large = f"ip link set {INTERFACE} mtu 9000 gso_max_segs 1"
+        subprocess.run([*two_hosts.inside(host), *large.split()], check=True)
+    monkeypatch.setattr(network, "SECONDS_TO_EXCHANGE", 20)
+    patient = across()
+    findings = dict(examine(patient, "GRS"))
+    assert findings["G"].verdict == "ok"  # the scheduler's own packets are small
+    one, other = sorted(patient.opened().nthreads())
+    assert findings["R"].verdict == "fault"
+    assert f"{one} does not reach {other} (port " in findings["R"].found
+    assert "small packets arrive, and large ones do not" in findings["R"].found
+    assert f"the MTU is 9000 on {INTERFACE} of {one}, 9000 on " in findings["R"].found
+    assert "same MTU" in findings["R"].cure
+    assert findings["S"].verdict == "fault"
+    assert "MTU" in findings["S"].cure
 
 
 class Seen(Patient):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import socket
+import contextlib
 import sys
 import time
 import traceback
 from typing import Any
 
+import psutil
 from distributed import Client, Future, Worker
 from distributed.comm.addressing import get_address_host
 
@@ -17,7 +18,9 @@ from gan_lib.cluster.workers import Place, Watch, find_places
 from gan_lib.doctor.finding import FAULT, Finding, judge, name_some, not_checked
 from gan_lib.doctor.patient import Patient
 
-SECONDS_TO_KNOCK = 3.0
+SECONDS_TO_KNOCK = 10.0
+# More than one packet of any network, so that they are as large as they get.
+KNOCK = 64 * 1024
 # The ranks may first have to import torch.
 SECONDS_TO_EXCHANGE = 60.0
 STEPS, STEPS_TO_WARM_UP = 10, 3
@@ -28,35 +31,44 @@ OPEN_PORTS = (
     "group may let only Dask's through): gloo and NCCL take any free one; or start the workers "
     "with `--interface NAME` of a network that they share"
 )
-_DOORS: list[socket.socket] = []
+SWALLOWED = "small packets arrive, and large ones do not"
+SAME_MTU = (
+    "give all interfaces on the way between the workers the same MTU "
+    "(`ip link set dev NAME mtu 1500`, on each machine)"
+)
+_DOORS: list[asyncio.Server] = []
 
 
 def pairs(patient: Patient) -> Finding:
-    """Each worker reaches each other one on a free port."""
+    """Each worker reaches each other one on a free port, with large packets too."""
     try:
-        opened = patient.on_workers(_open_door)
         # Dask awaits what is a coroutine.
-        closed: dict[str, Any] = patient.on_workers(
-            _knock, {worker: (host, port) for worker, (host, port, _) in opened.items()}
-        )
+        opened: dict[str, Any] = patient.on_workers(_open_door)
+        doors = {worker: (host, port) for worker, (host, port, *_) in opened.items()}
+        closed: dict[str, Any] = patient.on_workers(_knock, doors)
     finally:
         patient.on_workers(_close_door)
     if len(opened) < 2:
         return not_checked("one worker has nobody to talk to")
-    interfaces = {interface for _, _, interface in opened.values()}
     lines = [
         f"{worker} does not reach {name_some(others)} ({name_some(set(others.values()), 1)})"
         for worker, others in closed.items()
         if others
     ]
-    unknown = [worker for worker, (_, _, interface) in opened.items() if not interface]
+    cure = OPEN_PORTS
+    if any(SWALLOWED in line for line in lines):
+        cure = SAME_MTU
+        told = [f"{mtu} on {name} of {worker}" for worker, (*_, name, mtu) in opened.items()]
+        lines.append(f"the MTU is {name_some(told)}")
+    interfaces = {interface for *_, interface, _ in opened.values()}
+    unknown = [worker for worker, (*_, interface, _) in opened.items() if not interface]
     odd = [f"no network interface has the address of {name_some(unknown)}"] if unknown else []
     well = f"each reaches each other, by {', '.join(sorted(interfaces))}"
-    return judge(lines, odd, well, OPEN_PORTS)
+    return judge(lines, odd, well, cure)
 
 
-def _open_door(dask_worker: Worker) -> tuple[str, int, str]:
-    """On a worker: listen on a free port of Dask's address; host, port, interface.
+async def _open_door(dask_worker: Worker) -> tuple[str, int, str, int]:
+    """On a worker: listen on a free port of Dask's address; host, port, interface, its MTU.
 
     Raises:
         ClusterError: if that cannot be done.
@@ -64,27 +76,44 @@ def _open_door(dask_worker: Worker) -> tuple[str, int, str]:
     from gan_lib.jobs.rank_task import dask_network
 
     host = get_address_host(dask_worker.address)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        door = socket.create_server((host, 0), family=family, backlog=1024)
+        door = await asyncio.start_server(_answer, host, 0, backlog=1024)
     except OSError as error:
         raise ClusterError(
             f"the worker {dask_worker.address} cannot listen at its own address "
             f"({describe(error)}): start it with `--interface NAME`, not behind another address"
         ) from None
     _DOORS.append(door)
-    return host, door.getsockname()[1], dask_network(dask_worker).get("GLOO_SOCKET_IFNAME", "")
+    interface = dask_network(dask_worker).get("GLOO_SOCKET_IFNAME", "")
+    told = psutil.net_if_stats().get(interface)
+    return host, door.sockets[0].getsockname()[1], interface, told.mtu if told else 0
+
+
+async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        await reader.readexactly(KNOCK)
+        writer.write(b"!")
+        await writer.drain()
+    writer.close()
 
 
 async def _knock(doors: dict[str, tuple[str, int]], dask_worker: Worker) -> dict[str, str]:
     """On a worker: the others that it does not reach -> why."""
 
     async def one(host: str, port: int) -> str:
+        connected = False
         try:
-            connection = asyncio.open_connection(host, port)
-            _, writer = await asyncio.wait_for(connection, SECONDS_TO_KNOCK)
-            writer.close()
-        except (OSError, TimeoutError) as error:
+            async with asyncio.timeout(SECONDS_TO_KNOCK):
+                reader, writer = await asyncio.open_connection(host, port)
+                connected = True
+                try:
+                    writer.write(bytes(KNOCK))
+                    await reader.readexactly(1)
+                finally:
+                    writer.transport.abort()
+        except TimeoutError as error:
+            return f"port {port}: {SWALLOWED if connected else describe(error)}"
+        except (OSError, EOFError) as error:
             return f"port {port}: {describe(error)}"
         return ""
 

@@ -1,0 +1,187 @@
+"""The lines of docs/clusters.md, run for real on this machine: Slurm and SSH."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch  # noqa: F401  # what is slow to import, before a worker waits for an answer
+from foreign import READY
+from slurm import Slurm, slurm
+from test_retiring import check, pids, trains, wait_until
+
+from gan_lib.base.checkout import CHECKOUT
+from gan_lib.cli.profiles import read_profile
+from gan_lib.cluster.starting import close_cluster
+from gan_lib.jobs.job import Job
+from gan_lib.parameters import TrainingParameters
+
+pytestmark = pytest.mark.long
+HERE = "127.0.0.1"
+# What the workers are to find: this gan_lib also where the environment has another one, say.
+FOUND = {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1", **READY}
+
+
+@pytest.fixture
+def quick() -> TrainingParameters:
+    """The quick profile, long enough for what is to happen meanwhile."""
+    told = read_profile("quick")
+    known = {name: told[name] for name in told if name in TrainingParameters.names()}
+    return TrainingParameters(**known).replace(epochs=250, quality_every=0)
+
+
+def run_lines(heading: str, told: Mapping[str, str], **names: Any) -> dict[str, Any]:
+    """Execute the first Python lines below a heading; what they define.
+
+    `told` has what a reader writes otherwise: text in the page -> text in its place.
+    """
+    page = (CHECKOUT / "docs" / "clusters.md").read_text()
+    found = re.search(rf"^## {heading}$.*?^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert found is not None
+    lines = found[1]
+    for text, other in told.items():
+        assert text in lines, text
+        lines = lines.replace(text, other)
+    exec(lines, names)
+    return names
+
+
+def says(job: Job, what: str) -> bool:
+    """Whether that is why the job was started again, at least once."""
+    return any(what in why for why in job.restarts)
+
+
+def whole(job: Job) -> None:
+    """It goes on to its end, and has recorded each iteration once."""
+    assert not job.result(timeout=400)[0].stopped
+    p = job.run.parameters
+    iterations = job.run.records()["iteration"].tolist()
+    assert iterations == list(range(1, len(iterations) + 1))
+    assert len(iterations) == p.epochs * job.run.info()["steps_per_epoch"]
+
+
+@pytest.fixture
+def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
+    pytest.importorskip("dask_jobqueue", reason="needs dask-jobqueue: tests/clusters.sh")
+    for name, value in FOUND.items():
+        monkeypatch.setenv(name, value)  # Slurm hands it on
+    with slurm(tmp_path / "slurm") as nodes:
+        yield nodes
+
+
+def slurm_lines(folder: Path, **told: str) -> dict[str, str]:
+    """For two nodes of one core, and their network."""
+    gpu = '    job_extra_directives=["--gres=gpu:1"],  # one GPU for each job; leave it out for CPUs\n'
+    return {
+        gpu: "",
+        '"ib0"': '"lo"',
+        "minimum=4, maximum=4": "minimum=2, maximum=2",
+        "_workers(4": "_workers(2",
+        "cluster, 4": "cluster, 2",
+        '{"source": "...", "epochs": 300}': "parameters",
+        "/shared/runs/first": f"{folder}/run",
+        **told,
+    }
+
+
+def test_slurm_loses_a_node(nodes: Slurm, quick: TrainingParameters, tmp_path: Path) -> None:
+    made = run_lines("Slurm", slurm_lines(tmp_path), parameters=quick)
+    job, client = made["job"], made["client"]
+    try:
+        wait_until(trains(job, 2), "training on two nodes", job)
+        nodes.lose("n2")
+        wait_until(lambda: says(job, "is gone"), "the loss of a node", job)
+        wait_until(trains(job, 1), "training on the one that is left", job)
+        # Its worker was asked for anew meanwhile, and waits for a place.
+        nodes.start("n2")
+        wait_until(trains(job, 2), "training on two again", job)
+        whole(job)
+    finally:
+        close_cluster(client)
+        made["cluster"].close()
+
+
+def test_slurm_ends_all_jobs_at_their_walltime(
+    nodes: Slurm, quick: TrainingParameters, tmp_path: Path
+) -> None:
+    lines = slurm_lines(
+        tmp_path,
+        **{"02:00:00": "00:03:00", ', "--lifetime", "110m", "--lifetime-stagger", "5m"': ""},
+    )
+    endless = quick.replace(epochs=1_000_000, checkpoint_every=1_000_000, sample_every=1_000_000)
+    made = run_lines("Slurm", lines, parameters=endless)
+    job, client = made["job"], made["client"]
+    try:
+        wait_until(trains(job, 2), "training on two nodes", job)
+        wait_until(lambda: says(job, "was asked to leave"), "their walltime", job, 300)
+        wait_until(trains(job, 2), "training in other jobs", job)
+        check(job)
+    finally:
+        close_cluster(client)
+        made["cluster"].close()
+
+
+@pytest.fixture
+def sshd(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """An SSH server on loopback for this user alone; the options that log in there."""
+    server = shutil.which("sshd") or "/usr/sbin/sshd"
+    if os.getuid() != 0 or not os.path.exists(server):
+        pytest.skip("needs an SSH server, and root to start it: tests/clusters.sh installs it")
+    for name in ("host", "user"):
+        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)]
+        subprocess.run(command, check=True)
+    with socket.create_server((HERE, 0)) as probe:
+        port = probe.getsockname()[1]
+    os.makedirs("/run/sshd", exist_ok=True)  # it does not start without
+    told = {
+        "ListenAddress": f"{HERE}:{port}",
+        "HostKey": tmp_path / "host",
+        "AuthorizedKeysFile": tmp_path / "user.pub",
+        "PasswordAuthentication": "no",
+        "StrictModes": "no",  # the folder may be below one that everybody may write to
+        "PidFile": "none",
+    }
+    options = [word for name, value in told.items() for word in ("-o", f"{name}={value}")]
+    with subprocess.Popen([server, "-D", "-e", "-f", "/dev/null", *options]) as process:
+        try:
+            yield {"port": port, "client_keys": [str(tmp_path / "user")], "known_hosts": None}
+        finally:
+            process.terminate()
+
+
+def test_a_worker_that_ssh_has_started_is_lost(
+    sshd: dict[str, Any], quick: TrainingParameters, tmp_path: Path
+) -> None:
+    pytest.importorskip("asyncssh", reason="needs asyncssh: tests/clusters.sh")
+    python = tmp_path / "python"
+    given = "\n".join(f"export {name}='{value}'" for name, value in FOUND.items())
+    python.write_text(f'#!/bin/sh\n{given}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    told = {
+        '"login", "node1", "node2"': f'"{HERE}", "{HERE}", "{HERE}"',
+        '{"known_hosts": None}': repr(sshd),
+        "/shared/dogs/.venv/bin/python": str(python),
+        '{"source": "...", "epochs": 300}': "parameters",
+        "/shared/runs/first": f"{tmp_path}/run",
+    }
+    made = run_lines("SSH", told, parameters=quick)
+    job, client = made["job"], made["client"]
+    try:
+        wait_until(trains(job, 2), "training on two", job)
+        for pid in reversed(pids(client, job)):
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: says(job, "is gone"), "the loss of a worker", job)
+        wait_until(trains(job, 2), "training on two again", job)
+        whole(job)
+    finally:
+        close_cluster(client)
+        made["cluster"].close()
