@@ -80,9 +80,8 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
 
 def slurm_lines(folder: Path, **told: str) -> dict[str, str]:
     """For two nodes of one core, and their network."""
-    gpu = '    job_extra_directives=["--gres=gpu:1"],  # one GPU for each job; leave it out for CPUs\n'
     return {
-        gpu: "",
+        'job_extra_directives=["--gres=gpu:1"],': "",
         '"ib0"': '"lo"',
         "minimum=4, maximum=4": "minimum=2, maximum=2",
         "_workers(4": "_workers(2",
