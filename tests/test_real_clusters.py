@@ -1,4 +1,4 @@
-"""The lines of docs/clusters.md, run for real on this machine: Slurm and SSH."""
+"""The lines of docs/clusters.md, run for real on this machine: Slurm, SSH, Dask Gateway."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,65 @@ def test_a_worker_that_ssh_has_started_is_lost(
     finally:
         close_cluster(client)
         made["cluster"].close()
+
+
+# Everybody may start processes as the user of the server: on loopback, and for a test.
+GATEWAY = """
+c.DaskGateway.backend_class = "dask_gateway_server.backends.local.UnsafeLocalBackend"
+c.DaskGateway.address = "127.0.0.1:{ports[0]}"
+c.Proxy.address = "127.0.0.1:{ports[1]}"
+c.Proxy.tcp_address = "127.0.0.1:{ports[2]}"
+c.UnsafeLocalBackend.clusters_directory = "{folder}/clusters"
+c.UnsafeLocalBackend.cluster_start_timeout = c.UnsafeLocalBackend.worker_start_timeout = 300
+c.ClusterConfig.scheduler_cmd = ["{python}", "-m", "distributed.cli.dask_scheduler"]
+c.ClusterConfig.worker_cmd = ["{python}", "-m", "distributed.cli.dask_worker"]
+c.ClusterConfig.environment = {environment}
+c.ClusterConfig.worker_memory = "8 G"
+"""
+
+
+@pytest.fixture
+def gateway(tmp_path: Path) -> Iterator[str]:
+    """The address of a server of Dask Gateway, which starts clusters as processes."""
+    for name in ("dask_gateway", "dask_gateway_server", "sqlalchemy"):
+        pytest.importorskip(name, reason="needs dask-gateway-server: tests/clusters.sh")
+    probes = [socket.create_server((HERE, 0)) for _ in range(3)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    config = tmp_path / "config.py"
+    told = {"ports": ports, "folder": tmp_path, "python": sys.executable, "environment": FOUND}
+    config.write_text(GATEWAY.format(**told))
+    code = "from dask_gateway_server.app import main; main()"
+    with subprocess.Popen([sys.executable, "-c", code, "-f", config], cwd=tmp_path) as server:
+        try:
+            deadline = time.monotonic() + 60
+            while socket.socket().connect_ex((HERE, ports[1])) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            yield f"http://{HERE}:{ports[1]}"
+        finally:
+            server.terminate()
+
+
+def test_dask_gateway_loses_a_worker(
+    gateway: str, quick: TrainingParameters, tmp_path: Path
+) -> None:
+    told = {
+        "https://gateway.example": gateway,
+        "adapt(minimum=4, maximum=4)": "adapt(minimum=2, maximum=2)",
+        "_workers(4": "_workers(2",
+        "cluster, 4": "cluster, 2",
+        '{"source": "...", "epochs": 300}': "parameters",
+        "s3://BUCKET/runs/first": f"{tmp_path}/run",
+    }
+    made = run_lines("Dask Gateway", told, parameters=quick)
+    job, client = made["job"], made["client"]
+    try:
+        wait_until(trains(job, 2), "training on two", job)
+        os.kill(pids(client, job)[0], signal.SIGKILL)
+        wait_until(lambda: says(job, "is gone"), "the loss of a worker", job)
+        wait_until(trains(job, 2), "training on two again", job)
+        whole(job)
+    finally:
+        close_cluster(client)
+        made["cluster"].shutdown()

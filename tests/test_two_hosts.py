@@ -18,13 +18,18 @@ from gan_lib.practice.hosts import INTERFACE, Hosts
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("cut", [0, 1])
 def test_a_host_is_cut_off_and_joins_again(
-    two_hosts: Hosts, tiny: TrainingParameters, tmp_path: Path
+    cut: int, two_hosts: Hosts, tiny: TrainingParameters, tmp_path: Path
 ) -> None:
     theirs = ForeignCluster(tmp_path, environment=READY, nanny=True, host=two_hosts.here)
+
+    def start(host: int) -> None:
+        theirs.add_worker(host=two_hosts.addresses[host], inside=two_hosts.inside(host))
+
     try:
-        for host, address in enumerate(two_hosts.addresses):
-            theirs.add_worker(host=address, inside=two_hosts.inside(host))
+        for host in range(2):
+            start(host)
         with Client(theirs.address) as plain:
             plain.wait_for_workers(2, timeout=300)
         client = connect(theirs.address, 2)
@@ -40,9 +45,11 @@ def test_a_host_is_cut_off_and_joins_again(
                 lambda: max(job.run.epochs("records")) > done + 1, "training over a slow link", job
             )
             print(f"two epochs over a slow link took {time.monotonic() - began:.1f} s")
-            two_hosts.plug(1, "down")
+            two_hosts.plug(cut, "down")
             wait_until(trains(job, 1), "training on the host that is left", job)
-            two_hosts.plug(1, "up")
+            two_hosts.plug(cut, "up")
+            # Dask has ended the worker that did not reach its scheduler, and its nanny.
+            start(cut)
             wait_until(trains(job, 2), "training across both again", job)
             used = {worker.split(":")[1].strip("/") for worker in job.workers}
             assert used == set(two_hosts.addresses)

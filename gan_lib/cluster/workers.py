@@ -246,7 +246,8 @@ def wait_for_workers(client: Client, wanted: int) -> None:
             assert client.scheduler is not None  # it has just answered
             how = f"`dask worker {client.scheduler.address}`"
             if client.cluster is not None:
-                how = f"`cluster.scale({wanted})`, then `cluster.wait_for_workers({wanted})`"
+                waiting = f"cluster.get_client().wait_for_workers({wanted})"
+                how = f"`cluster.scale({wanted})`, then `{waiting}`"
             raise TooFewWorkersError(
                 f"the cluster has {there or 'no'} workers and {wanted} are needed: start more "
                 f"({how})" + (", or ask for fewer" if there else "")
