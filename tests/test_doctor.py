@@ -292,7 +292,7 @@ def test_two_hosts_with_larger_packets_than_pass_between_them(
     assert f"the MTU is 9000 on {INTERFACE} of {one}, 9000 on " in findings["R"].found
     assert "same MTU" in findings["R"].cure
     assert findings["S"].verdict == "fault"
-    assert "MTU" in findings["S"].cure
+    assert "MTU" in findings["S"].cure, findings["S"]
 
 
 class Seen(Patient):

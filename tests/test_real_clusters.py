@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch  # noqa: F401  # what is slow to import, before a worker waits for an answer
+from distributed import Client
 from foreign import READY
 from slurm import Slurm, slurm
-from test_retiring import check, pids, trains, wait_until
+from test_retiring import pids, trains, wait_until
 
 from gan_lib.base.checkout import CHECKOUT
 from gan_lib.cli.profiles import read_profile
@@ -34,10 +34,16 @@ FOUND = {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1", **READY}
 
 @pytest.fixture
 def quick() -> TrainingParameters:
-    """The quick profile, long enough for what is to happen meanwhile."""
+    """The quick profile, with no end before all has happened that is to."""
     told = read_profile("quick")
     known = {name: told[name] for name in told if name in TrainingParameters.names()}
-    return TrainingParameters(**known).replace(epochs=250, quality_every=0)
+    more = {
+        "epochs": 1_000_000,
+        "checkpoint_every": 2,
+        "keep_checkpoints": 3,
+        "sample_every": 1_000_000,
+    }
+    return TrainingParameters(**known).replace(quality_every=0, **more)
 
 
 def run_lines(heading: str, told: Mapping[str, str], **names: Any) -> dict[str, Any]:
@@ -61,13 +67,16 @@ def says(job: Job, what: str) -> bool:
     return any(what in why for why in job.restarts)
 
 
-def whole(job: Job) -> None:
-    """It goes on to its end, and has recorded each iteration once."""
-    assert not job.result(timeout=400)[0].stopped
-    p = job.run.parameters
+def to_the_end(job: Job, client: Client) -> None:
+    """Two more epochs, and it has finished; each iteration is recorded once."""
+    job.stop()
+    assert job.result(timeout=100)[0].stopped
+    epochs = max(job.run.epochs("records")) + 2
+    job = job.run.resume(client, epochs=epochs)
+    assert not job.result(timeout=200)[0].stopped
     iterations = job.run.records()["iteration"].tolist()
-    assert iterations == list(range(1, len(iterations) + 1))
-    assert len(iterations) == p.epochs * job.run.info()["steps_per_epoch"]
+    steps = job.run.info()["steps_per_epoch"]
+    assert iterations == list(range(1, epochs * steps + 1))
 
 
 @pytest.fixture
@@ -75,6 +84,7 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
     pytest.importorskip("dask_jobqueue", reason="needs dask-jobqueue: tests/clusters.sh")
     for name, value in FOUND.items():
         monkeypatch.setenv(name, value)  # Slurm hands it on
+    monkeypatch.chdir(tmp_path)  # where it writes what the jobs print
     with slurm(tmp_path / "slurm") as nodes:
         yield nodes
 
@@ -104,7 +114,7 @@ def test_slurm_loses_a_node(nodes: Slurm, quick: TrainingParameters, tmp_path: P
         # Its worker was asked for anew meanwhile, and waits for a place.
         nodes.start("n2")
         wait_until(trains(job, 2), "training on two again", job)
-        whole(job)
+        to_the_end(job, client)
     finally:
         close_cluster(client)
         made["cluster"].close()
@@ -117,14 +127,13 @@ def test_slurm_ends_all_jobs_at_their_walltime(
         tmp_path,
         **{"02:00:00": "00:03:00", ', "--lifetime", "110m", "--lifetime-stagger", "5m"': ""},
     )
-    endless = quick.replace(epochs=1_000_000, checkpoint_every=1_000_000, sample_every=1_000_000)
-    made = run_lines("Slurm", lines, parameters=endless)
+    made = run_lines("Slurm", lines, parameters=quick)
     job, client = made["job"], made["client"]
     try:
         wait_until(trains(job, 2), "training on two nodes", job)
         wait_until(lambda: says(job, "was asked to leave"), "their walltime", job, 300)
         wait_until(trains(job, 2), "training in other jobs", job)
-        check(job)
+        to_the_end(job, client)
     finally:
         close_cluster(client)
         made["cluster"].close()
@@ -181,7 +190,7 @@ def test_a_worker_that_ssh_has_started_is_lost(
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: says(job, "is gone"), "the loss of a worker", job)
         wait_until(trains(job, 2), "training on two again", job)
-        whole(job)
+        to_the_end(job, client)
     finally:
         close_cluster(client)
         made["cluster"].close()
@@ -243,7 +252,7 @@ def test_dask_gateway_loses_a_worker(
         os.kill(pids(client, job)[0], signal.SIGKILL)
         wait_until(lambda: says(job, "is gone"), "the loss of a worker", job)
         wait_until(trains(job, 2), "training on two again", job)
-        whole(job)
+        to_the_end(job, client)
     finally:
         close_cluster(client)
         made["cluster"].shutdown()
