@@ -8,7 +8,10 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,6 +234,34 @@ def test_behind_a_jupyterhub_the_dashboard_is_reached_through_its_proxy(
     with dask.config.set({name: "elsewhere"}):
         close_cluster(connect(theirs))
         assert dask.config.get(name) == "elsewhere"
+
+
+@pytest.mark.long
+def test_the_link_leads_through_a_jupyter_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("jupyter_server_proxy", reason="needs it: tests/clusters.sh")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    # As a hub starts it, but for the hub.
+    told = [f"--port={port}", "--base_url=/user/ann/", "--IdentityProvider.token=", "--allow-root"]
+    command = [sys.executable, "-m", "jupyter_server", "--no-browser", *told]
+    name = "distributed.dashboard.link"
+    monkeypatch.setenv("JUPYTERHUB_SERVICE_PREFIX", "/user/ann/")
+    with (
+        dask.config.set({name: dask.config.get(name)}),
+        subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as server,
+    ):
+        client = start_cluster(1, device="cpu")
+        try:
+            deadline = time.monotonic() + 60
+            while socket.socket().connect_ex(("127.0.0.1", port)) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{client.dashboard_link}") as page:
+                assert "<title>Dask: Status</title>" in page.read().decode()
+        finally:
+            close_cluster(client)
+            server.terminate()
 
 
 def test_a_closed_client_is_told_so(client: Client, tiny: TrainingParameters) -> None:

@@ -177,7 +177,8 @@ def test_a_worker_that_ssh_has_started_is_lost(
     python.chmod(0o755)
     told = {
         '"login", "node1", "node2"': f'"{HERE}", "{HERE}", "{HERE}"',
-        '{"known_hosts": None}': repr(sshd),
+        '{"known_hosts": None},': f"""{sshd!r},
+    scheduler_options={{"host": "{HERE}"}},""",
         "/shared/dogs/.venv/bin/python": str(python),
         '{"source": "...", "epochs": 300}': "parameters",
         "/shared/runs/first": f"{tmp_path}/run",

@@ -1,7 +1,6 @@
 """What can all of this be tried on without a network?
 
-Drawn photographs, and an S3 server on this
-machine. Told by notebook 01.
+Drawn photographs, an S3 server and hosts on this machine. Told by notebook 01.
 """
 
 from typing import TYPE_CHECKING
