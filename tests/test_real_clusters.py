@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,11 @@ def run_lines(heading: str, told: Mapping[str, str], **names: Any) -> dict[str, 
 def says(job: Job, what: str) -> bool:
     """Whether that is why the job was started again, at least once."""
     return any(what in why for why in job.restarts)
+
+
+def goes_on(job: Job) -> Callable[[], bool]:
+    """Whether it trains on two workers, and has been interrupted before."""
+    return lambda: job.run.info().get("resumed") is not None and trains(job, 2)()
 
 
 def to_the_end(job: Job, client: Client) -> None:
@@ -132,7 +137,7 @@ def test_slurm_ends_all_jobs_at_their_walltime(
     try:
         wait_until(trains(job, 2), "training on two nodes", job)
         wait_until(lambda: says(job, "was asked to leave"), "their walltime", job, 300)
-        wait_until(trains(job, 2), "training in other jobs", job)
+        wait_until(goes_on(job), "training in other jobs", job)
         to_the_end(job, client)
     finally:
         close_cluster(client)
@@ -190,7 +195,7 @@ def test_a_worker_that_ssh_has_started_is_lost(
         for pid in reversed(pids(client, job)):
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: says(job, "is gone"), "the loss of a worker", job)
-        wait_until(trains(job, 2), "training on two again", job)
+        wait_until(goes_on(job), "training on two again", job)
         to_the_end(job, client)
     finally:
         close_cluster(client)
@@ -252,7 +257,7 @@ def test_dask_gateway_loses_a_worker(
         wait_until(trains(job, 2), "training on two", job)
         os.kill(pids(client, job)[0], signal.SIGKILL)
         wait_until(lambda: says(job, "is gone"), "the loss of a worker", job)
-        wait_until(trains(job, 2), "training on two again", job)
+        wait_until(goes_on(job), "training on two again", job)
         to_the_end(job, client)
     finally:
         close_cluster(client)
