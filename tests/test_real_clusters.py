@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -232,10 +234,14 @@ def gateway(tmp_path: Path) -> Iterator[str]:
     code = "from dask_gateway_server.app import main; main()"
     with subprocess.Popen([sys.executable, "-c", code, "-f", config], cwd=tmp_path) as server:
         try:
-            deadline = time.monotonic() + 60
-            while socket.socket().connect_ex((HERE, ports[1])) and time.monotonic() < deadline:
+            address, deadline = f"http://{HERE}:{ports[1]}", time.monotonic() + 60
+            while time.monotonic() < deadline:
+                # The proxy is there before the server is.
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"{address}/api/health").close()
+                    break
                 time.sleep(0.2)
-            yield f"http://{HERE}:{ports[1]}"
+            yield address
         finally:
             server.terminate()
 
