@@ -23,6 +23,7 @@ from PIL import Image
 
 from gan_lib.base.errors import RunError, WorkerLostError
 from gan_lib.base.storage import Folder
+from gan_lib.cluster import workers
 from gan_lib.cluster.starting import close_cluster, connect, start_cluster
 from gan_lib.jobs.job import Job
 from gan_lib.jobs.launching import launch
@@ -34,8 +35,9 @@ ENDLESS = 1_000_000
 
 
 @pytest.fixture
-def steady(tiny: TrainingParameters) -> TrainingParameters:
+def steady(tiny: TrainingParameters, monkeypatch: pytest.MonkeyPatch) -> TrainingParameters:
     """Ten steps an epoch, so that a fault meets the inside of one; no end of its own."""
+    monkeypatch.setattr(workers, "SECONDS_OF_SILENCE", 10.0)  # for a test, on a quiet machine
     return tiny.replace(epochs=ENDLESS, max_images=320, sample_every=5, checkpoint_every=2)
 
 

@@ -24,11 +24,12 @@ from gan_lib.base.interrupts import interruptible
 _T = TypeVar("_T")
 
 SECONDS_TO_WAIT_FOR_WORKERS = 10
-# A worker reports every half second; one that says nothing for so long hangs, or is cut off.
-SECONDS_OF_SILENCE = 10.0
+# A worker reports every half second; one that says nothing for so long hangs, or is cut off. Where
+# ten processes share a core it has been silent for ten seconds, and trained on.
+SECONDS_OF_SILENCE = 30.0
 # What any question to the cluster may take, and how long a worker may be silent over it: the
 # first one has it import torch, from a cold disk, and it reports nothing meanwhile.
-SECONDS_TO_ANSWER, SECONDS_TO_THINK = 180.0, 60.0
+SECONDS_TO_ANSWER, SECONDS_TO_THINK = 180.0, 120.0
 # The keys of the tasks that are ranks begin with it.
 RANK_PREFIX = "rank-"
 # Where the scheduler keeps whose each worker is: worker -> client, and a name of its claim.
@@ -87,12 +88,12 @@ def _claim(dask_scheduler: Scheduler, workers: Sequence[str], client: str, owner
 class Watch:
     """Looks after the workers of a cluster, for as long as somebody asks, and claims some.
 
-    After `patience` seconds of silence a worker counts no more as alive.
+    After `patience` seconds of silence (`SECONDS_OF_SILENCE`) a worker counts no more as alive.
     """
 
-    def __init__(self, client: Client, patience: float = SECONDS_OF_SILENCE) -> None:
+    def __init__(self, client: Client, patience: float | None = None) -> None:
         self.client = client
-        self._patience = patience
+        self._patience = patience or SECONDS_OF_SILENCE
         self._owner = uuid.uuid4().hex
         self._ended: set[str] = set()
         # By worker: when it was last seen, by the scheduler's clock, and since when that has not

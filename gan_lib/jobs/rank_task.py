@@ -91,8 +91,11 @@ def listen(host: str) -> int:
     return port
 
 
-def visible_gpus() -> list[str]:
-    """On a worker: identities of the GPUs that it sees."""
+def visible_gpus(function: object = None) -> list[str]:
+    """On a worker: identities of the GPUs that it sees.
+
+    What arrives here with `function` is what that needs: its modules are imported.
+    """
     return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
 
 
