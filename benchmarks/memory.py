@@ -1,0 +1,53 @@
+"""How much memory does a command take, with all processes that it starts?
+
+    python benchmarks/memory.py .venv/bin/python -m gan_lib run --profile quick
+
+What several processes share counts once (Linux's proportional set size). Printed are the peak,
+and what the processes were that had it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import subprocess
+import time
+
+import psutil
+
+
+def memory(root: psutil.Process) -> list[tuple[float, str]]:
+    """Megabytes and command of each process below `root`, the largest first."""
+    found = []
+    for process in [root, *root.children(recursive=True)]:
+        # It may end meanwhile.
+        with contextlib.suppress(psutil.Error):
+            pss = process.memory_full_info().pss
+            found.append((pss / 1e6, " ".join(process.cmdline())))
+    return sorted(found, reverse=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--every", type=float, default=0.5, help="seconds between two looks")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    told = parser.parse_args()
+    if not told.command:
+        parser.error("no command: see the example")
+    most: list[tuple[float, str]] = []
+    with subprocess.Popen(told.command) as running:
+        while running.poll() is None:
+            most = max(
+                most, memory(psutil.Process(running.pid)), key=lambda f: sum(m for m, _ in f)
+            )
+            time.sleep(told.every)
+    print(f"\npeak: {sum(size for size, _ in most):,.0f} MB, in {len(most)} processes")
+    for megabytes, command in most:
+        print(f"{megabytes:8,.0f} MB  {command[:110]}")
+    return running.returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
