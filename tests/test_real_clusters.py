@@ -209,7 +209,6 @@ GATEWAY = """
 c.DaskGateway.backend_class = "dask_gateway_server.backends.local.UnsafeLocalBackend"
 c.DaskGateway.address = "127.0.0.1:{ports[0]}"
 c.Proxy.address = "127.0.0.1:{ports[1]}"
-c.Proxy.tcp_address = "127.0.0.1:{ports[2]}"
 c.UnsafeLocalBackend.clusters_directory = "{folder}/clusters"
 c.UnsafeLocalBackend.cluster_start_timeout = c.UnsafeLocalBackend.worker_start_timeout = 300
 c.ClusterConfig.scheduler_cmd = ["{python}", "-m", "distributed.cli.dask_scheduler"]
@@ -224,7 +223,7 @@ def gateway(tmp_path: Path) -> Iterator[str]:
     """The address of a server of Dask Gateway, which starts clusters as processes."""
     for name in ("dask_gateway", "dask_gateway_server", "sqlalchemy"):
         pytest.importorskip(name, reason="needs dask-gateway-server: tests/clusters.sh")
-    probes = [socket.create_server((HERE, 0)) for _ in range(3)]
+    probes = [socket.create_server((HERE, 0)) for _ in range(2)]
     ports = [probe.getsockname()[1] for probe in probes]
     for probe in probes:
         probe.close()
