@@ -246,8 +246,8 @@ def test_the_link_leads_through_a_jupyter_server(
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     # As a hub starts it, but for the hub.
-    told = [f"--port={port}", "--base_url=/user/ann/", "--IdentityProvider.token=", "--allow-root"]
-    command = [sys.executable, "-m", "jupyter_server", "--no-browser", *told]
+    told = [f"--port={port}", "--ServerApp.base_url=/user/ann/", "--IdentityProvider.token=ann"]
+    command = [sys.executable, "-m", "jupyter_server", "--no-browser", "--allow-root", *told]
     name = "distributed.dashboard.link"
     monkeypatch.setenv("JUPYTERHUB_SERVICE_PREFIX", "/user/ann/")
     with (
@@ -259,8 +259,9 @@ def test_the_link_leads_through_a_jupyter_server(
             deadline = time.monotonic() + 60
             while socket.socket().connect_ex(("127.0.0.1", port)) and time.monotonic() < deadline:
                 time.sleep(0.2)
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}{client.dashboard_link}") as page:
-                assert "<title>Dask: Status</title>" in page.read().decode()
+            url = f"http://127.0.0.1:{port}{client.dashboard_link}?token=ann"
+            with urllib.request.urlopen(url) as page:
+                assert "<title>Dask Diagnostic UI</title>" in page.read().decode()
         finally:
             close_cluster(client)
             server.terminate()
