@@ -37,13 +37,19 @@ def main() -> int:
     if not told.command:
         parser.error("no command: see the example")
     most: list[tuple[float, str]] = []
+    peak = 0.0
     with subprocess.Popen(told.command) as running:
         while running.poll() is None:
-            most = max(
-                most, memory(psutil.Process(running.pid)), key=lambda f: sum(m for m, _ in f)
-            )
+            found = memory(psutil.Process(running.pid))
+            total = sum(megabytes for megabytes, _ in found)
+            if total > 1.1 * peak:
+                # As it grows: the command may be ended from outside.
+                now = time.strftime("%H:%M:%S")
+                print(f"{now} {total:,.0f} MB in {len(found)} processes", flush=True)
+            if total > peak:
+                most, peak = found, total
             time.sleep(told.every)
-    print(f"\npeak: {sum(size for size, _ in most):,.0f} MB, in {len(most)} processes")
+    print(f"\npeak: {peak:,.0f} MB, in {len(most)} processes")
     for megabytes, command in most:
         print(f"{megabytes:8,.0f} MB  {command[:110]}")
     return running.returncode
