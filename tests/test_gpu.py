@@ -101,12 +101,13 @@ def test_two_ranks_share_a_gpu_over_gloo(tiny: TrainingParameters) -> None:
 
 
 @pytest.mark.gpu
-def test_batchnorm_over_two_ranks_is_that_of_one(tiny: TrainingParameters) -> None:
-    client = start_cluster(2, device="cpu")
+def test_batchnorm_over_two_ranks_is_that_of_one(tmp_path: Path, tiny: TrainingParameters) -> None:
+    client, run = start_cluster(2, device="cpu"), str(tmp_path / "run")
     try:
-        told = tiny.replace(device="cuda", sync_norm=True, epochs=2)
+        # The average is drawn on one rank, which must not wait for the other then.
+        told = tiny.replace(device="cuda", sync_norm=True, epochs=2, ema_images=100)
         (one,) = run_ranks(client, train_gan, 1, device="cpu", parameters=told)
-        first, second = run_ranks(client, train_gan, 2, device="cpu", parameters=told)
+        first, second = run_ranks(client, train_gan, 2, device="cpu", parameters=told, run=run)
     finally:
         close_cluster(client)
     assert first.weights_sha256 == second.weights_sha256

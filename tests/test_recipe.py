@@ -45,6 +45,7 @@ EVERYTHING = {
     "conditional": True,
     "color_jitter": 0.1,
     "noise": 0.1,
+    "exchange": "bfloat16",
 }
 # Each part of the recipe alone, as a discriminator and a lesson of its own.
 PARTS = {
