@@ -197,11 +197,16 @@ def test_a_worker_that_ssh_has_started_is_lost(
         for pid in reversed(pids(client, job)):
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: says(job, "is gone"), "the loss of a worker", job)
+        login = ["ssh", "-p", str(sshd["port"]), "-i", sshd["client_keys"][0], HERE]
+        login[1:1] = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
+        worker = f"{python} -m distributed.cli.dask_worker {made['cluster'].scheduler_address}"
+        another = subprocess.Popen([*login, f"{worker} --nthreads 1 --memory-limit 0"])
         wait_until(goes_on(job), "training on two again", job)
         to_the_end(job, client)
     finally:
         close_cluster(client)
         made["cluster"].close()
+    another.wait(60)  # it ends with its scheduler
 
 
 # Everybody may start processes as the user of the server: on loopback, and for a test.
