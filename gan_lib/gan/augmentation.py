@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,17 +85,35 @@ def augment(images: Tensor, policy: Sequence[str], numbers: Tensor) -> Tensor:
 
 def _translation(images: Tensor, u: Tensor) -> Tensor:
     """Shift by up to an eighth of each side; what comes in is black and white's middle."""
-    n, _, height, width = images.shape
+    height, width = images.shape[2:]
     down, right = (
         _whole(u[:, i], -(size // 8), size // 8) for i, size in ((0, height), (1, width))
     )
-    rows = (torch.arange(height, device=u.device) + down[:, None] + 1).clamp(0, height + 1)
-    columns = (torch.arange(width, device=u.device) + right[:, None] + 1).clamp(0, width + 1)
-    # With a frame of one pixel, whatever lies outside is found at the frame.
-    framed = pad(images, (1, 1, 1, 1)).permute(0, 2, 3, 1)
-    image = torch.arange(n, device=u.device)
-    shifted = framed[image[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return shifted.permute(0, 3, 1, 2)
+    shifted: Tensor = _Shift.apply(images, down, right)
+    return shifted
+
+
+class _Shift(torch.autograd.Function):
+    """Each image moved by whole pixels; gradients are moved back, which is faster than to add up
+    what each pixel got, as torch would."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, down: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(down, right)
+        n, channels, height, width = images.shape
+        # With a frame of one pixel, whatever lies outside is found at the frame.
+        framed = pad(images.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        rows = (torch.arange(height, device=down.device) + down[:, None] + 1).clamp(0, height + 1)
+        columns = (torch.arange(width, device=down.device) + right[:, None] + 1).clamp(0, width + 1)
+        image = torch.arange(n, device=down.device)[:, None, None]
+        place = (image * (height + 2) + rows[:, :, None]) * (width + 2) + columns[:, None, :]
+        shifted = framed.reshape(-1, channels).index_select(0, place.flatten())
+        return shifted.view(n, height, width, channels).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        down, right = ctx.saved_tensors
+        return _Shift.apply(gradient, -down, -right), None, None
 
 
 def _cutout(images: Tensor, u: Tensor) -> Tensor:
