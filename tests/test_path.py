@@ -50,8 +50,47 @@ def test_an_aside_is_a_folded_section(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_core_has_two_exercises(name: str) -> None:
     core = read_notebook(name, core=True).cells
-    assert sum("exercise" in tags(cell) for cell in core) >= 2
-    assert sum("solution" in tags(cell) for cell in core) >= 2
+    assert sum("exercise" in tags(cell) for cell in core) == 2
+    assert sum("solution" in tags(cell) for cell in core) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_ends_with_three_questions_and_hidden_answers(name: str) -> None:
+    core = read_notebook(name, core=True).cells
+    (place,) = [i for i, cell in enumerate(core) if cell.source.startswith("## Three questions")]
+    headings = [c.source.splitlines()[0] for c in core[place + 1 :] if c.cell_type == "markdown"]
+    assert headings in (["## Closing", "## Recap"], ["## Recap"])
+    _, *parts = core[place].source.split("<details><summary>")
+    assert len(parts) == 3
+    for number, part in enumerate(parts, start=1):
+        question, _, answer = part.partition("</summary>")
+        assert question.startswith(f"{number}. ") and question.endswith("?")
+        assert "`" not in question  # inside HTML nobody makes code of it
+        assert len(answer.removesuffix("</details>").split()) >= 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_readers_predict_before_they_look(name: str) -> None:
+    cells = read_notebook(name, core=True).cells
+    asked = [i for i, c in enumerate(cells) if re.search(r"\*\*(Predict|Before) .+?:\*\*", c.source)]
+    assert len(asked) >= 2
+    for i in asked:
+        # The cell below answers; or, where there is something to be read first, the text.
+        assert cells[i + 1].cell_type == "code" or "**Before you read on:**" in cells[i].source
+
+
+def test_the_glossary_is_linked_from_the_first_use() -> None:
+    page = (CHECKOUT / "docs/glossary.md").read_text()
+    words = [word.replace(" ", "-") for word in re.findall(r"^### (.+)$", page, flags=re.MULTILINE)]
+    # One spelling, small: an anchor is the same in JupyterLab, in an executed page and at GitHub.
+    assert words == sorted(words) and "".join(words).islower()
+    linked = {
+        anchor: name
+        for name in reversed(NAMES)
+        for cell in read_notebook(name).cells
+        for anchor in re.findall(r"\]\(\.\./docs/glossary\.md#([^)]+)\)", cell.source)
+    }
+    assert linked.keys() == set(words)
 
 
 def names_of(source: str) -> tuple[set[str], set[str]]:

@@ -196,7 +196,8 @@ def _draw_losses(axes: Axes, records: pd.DataFrame, smooth: int, losses: Sequenc
 
 def _logarithmic(axes: Axes) -> None:
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    # Over many powers of ten, names of what lies between would touch each other.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if axes.get_ylim()[1] < 1e4 else (1,)))
     axes.yaxis.set_major_formatter("{x:,g}")  # matplotlib's own writes formulas
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel(f"{axes.get_ylabel()}, logarithmic")
