@@ -37,7 +37,7 @@ def test_the_failures_of_notebook_03_are_failures(tmp_path: Path) -> None:
     assert "no longer finite" in said or row(said, "learning rates x 1000")[1] < 0.01
     assert row(said, "discriminator x 10")[1] < variety / 2
     assert row(said, "discriminator / 100")[1] < 0.15
-    assert row(said, "the generator alone")[1] < 0.6 * row(said, "both learn")[1]
+    assert row(said, "the generator alone")[1] < 0.75 * row(said, "both learn")[1]
     assert row(said, "the generator alone")[0] > 2 * row(said, "both learn")[0]
     # Against label 0.5 the generator's loss is lower, and the discriminator as sure as ever.
     loss, generated, real, rejected = row(said, "real_label = 0.5")
