@@ -72,7 +72,8 @@ def test_a_notebook_ends_with_three_questions_and_hidden_answers(name: str) -> N
 @pytest.mark.parametrize("name", NAMES)
 def test_readers_predict_before_they_look(name: str) -> None:
     cells = read_notebook(name, core=True).cells
-    asked = [i for i, c in enumerate(cells) if re.search(r"\*\*(Predict|Before) .+?:\*\*", c.source)]
+    question = re.compile(r"\*\*(Predict|Before) .+?:\*\*")
+    asked = [i for i, cell in enumerate(cells) if question.search(cell.source)]
     assert len(asked) >= 2
     for i in asked:
         # The cell below answers; or, where there is something to be read first, the text.

@@ -144,12 +144,13 @@ def plot_bars(values: Mapping[str, float], title: str, unit: str) -> Figure:
 
 
 def plot_curves(tables: Mapping[str, pd.DataFrame], unit: str) -> Figure:
-    """A panel for each table, by its title: a line for each column, over the index."""
-    figure, panels = new_figure(1, len(tables), figsize=(4.6 * len(tables) + 0.4, 3.6))
+    """A panel for each table, all on one scale: a line for each column, over the index."""
+    figure, panels = new_figure(1, len(tables), figsize=(3.6 * len(tables) + 0.4, 3.4))
     for axes, (title, table) in zip(np.ravel(panels), tables.items(), strict=True):
         axes.plot(table.index, table, label=list(table))
         axes.set(title=title, xlabel=str(table.index.name), ylabel=unit)
         axes.legend(frameon=False)
+        axes.sharey(figure.axes[0])
     return figure
 
 
@@ -198,7 +199,7 @@ def _logarithmic(axes: Axes) -> None:
     axes.set_yscale("log")
     # Over many powers of ten, names of what lies between would touch each other.
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if axes.get_ylim()[1] < 1e4 else (1,)))
-    axes.yaxis.set_major_formatter("{x:,g}")  # matplotlib's own writes formulas
+    axes.yaxis.set_major_formatter("{x:,.10g}")  # matplotlib's own writes formulas
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel(f"{axes.get_ylabel()}, logarithmic")
 
