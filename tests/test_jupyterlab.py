@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from playwright.sync_api import Page, sync_playwright
 
@@ -40,7 +42,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     shutil.copy(FOLDER / "plain_ddp.py", folder / "notebooks")
     told = series_values(NAMES, read_profile("tiny") | {"run": str(folder / "run")}, {})
     for name in NAMES:
-        notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+        notebook = load_notebook_node(str(FOLDER / f"{name}.ipynb"))
         mine = {k: v for k, v in told.items() if k in notebook_parameters(name)}
         notebook = parameterize_notebook(notebook, mine)
         nbformat.write(notebook, folder / "notebooks" / f"{name}.ipynb")
@@ -63,6 +65,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         (folder / "log").open("w") as log,
         subprocess.Popen(command, stdout=log, stderr=log, env=environment) as server,
     ):
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api")
+                break
+            time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
         server.terminate()
 
