@@ -213,6 +213,7 @@ def test_the_rank_that_is_missing_is_named(
     client.gather([client.submit(int, workers=[w], pure=False) for w in client.nthreads()])
     assert missing.verdict == "fault"
     assert f"rank 1 ({busy}) is missing: it did not begin" in missing.found
+    assert "what else these workers do" in missing.cure
 
 
 @pytest.fixture
@@ -275,13 +276,12 @@ def test_two_hosts_between_which_ports_are_closed(
 
 @pytest.mark.long
 def test_two_hosts_with_larger_packets_than_pass_between_them(
-    two_hosts: Hosts, across: Callable[[], Patient], monkeypatch: pytest.MonkeyPatch
+    two_hosts: Hosts, across: Callable[[], Patient]
 ) -> None:
     for host in range(2):
         # One at a time, as they leave a real network card: Linux would hand on many as one.
         large = f"ip link set {INTERFACE} mtu 9000 gso_max_segs 1"
         subprocess.run([*two_hosts.inside(host), *large.split()], check=True)
-    monkeypatch.setattr(network, "SECONDS_TO_EXCHANGE", 20)
     patient = across()
     findings = dict(examine(patient, "GRS"))
     assert findings["G"].verdict == "ok"  # the scheduler's own packets are small

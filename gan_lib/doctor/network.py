@@ -197,8 +197,7 @@ def _who_is_missing(client: Client, places: list[Place]) -> tuple[str, str]:
     if least == max(stages) == 3:
         return (
             f"the ranks have met, and an exchange does not end within {SECONDS_TO_EXCHANGE:.0f} s",
-            "if small messages pass and large ones do not, give all interfaces on the way the "
-            "same MTU (`ip link`); or look for what is slow",
+            f"{SAME_MTU}; or look for what is slow",
         )
     if least == max(stages) == 2:
         return "the ranks have met, and do not connect to each other", OPEN_PORTS
@@ -208,7 +207,10 @@ def _who_is_missing(client: Client, places: list[Place]) -> tuple[str, str]:
         f"does not reach rank 0 on {places[0].host}",
         "does not connect to the others",
     )
-    return f"{name_some(missing)} is missing: it {why[min(least, 2)]}", OPEN_PORTS
+    cure = (
+        OPEN_PORTS if least else "see what else these workers do, and how busy their machines are"
+    )
+    return f"{name_some(missing)} is missing: it {why[min(least, 2)]}", cure
 
 
 def _stage() -> int:
