@@ -14,7 +14,7 @@ from gan_lib.base.interrupts import interruptible
 try:
     from gan_lib.base.progress import HEADLESS_VARIABLE
     from gan_lib.cli import profiles
-    from gan_lib.cli.arguments import add_example, add_profile
+    from gan_lib.cli.arguments import add_example, add_parameters
     from gan_lib.cli.data_commands import add_commands
     from gan_lib.cli.doctor_command import add_doctor
     from gan_lib.cli.generator_commands import add_generator
@@ -40,7 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the series, or some of its notebooks")
     run.add_argument("notebooks", nargs="*", help="such as 04 or 05_results; none means all")
-    add_profile(run)
+    run.add_argument(
+        "--profile",
+        action="append",
+        help="a name in profiles/, or a YAML file; given again, the series of each is executed, "
+        "side by side where there are workers for it; default: quick",
+    )
+    add_parameters(run)
     run.add_argument(
         "--parameters", action="store_true", help="only list what a profile and -p may set"
     )
@@ -78,13 +84,17 @@ def _run(options: argparse.Namespace) -> int:
     if options.parameters:
         print(profiles.parameter_table())
         return 0
-    names = profiles.full_names(options.notebooks)
-    profile = profiles.read_profile(options.profile)
-    values = profiles.series_values(names, profile, dict(options.parameter))
+    names, overrides = profiles.full_names(options.notebooks), dict(options.parameter)
+    first, *others = options.profile or ["quick"]
+    if others:
+        from gan_lib.cli.series import run_profiles
+
+        return run_profiles(names, [first, *others], overrides, options.out, options.core)
+    values = profiles.series_values(names, profiles.read_profile(first), overrides)
     # Only now: a mistake should not have to wait for torch to be imported.
     from gan_lib.cli.notebooks import run_notebooks
 
-    label = Path(options.profile).stem
+    label = Path(first).stem
     done = run_notebooks(names, values, label, options.out, options.core)
     print(f"executed notebooks, to be read in a browser: {done.folder / 'index.html'}")
     print(f"pictures:                                    {done.folder / 'pictures'}")

@@ -81,7 +81,7 @@ def run_notebooks(
         KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM.
     """
     label = f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = _place_of_run(names, values, label)
+    run = place_of_run(names, values, label)
     if run is not None:
         values = {**values, "run": run}
     target = Path(folder).resolve() if folder else EXECUTED / label
@@ -115,8 +115,12 @@ def read_notebook(name: str, core: bool = False) -> nbformat.NotebookNode:
     return book
 
 
-def _place_of_run(names: Sequence[str], values: Mapping[str, Any], label: str) -> str | None:
-    """The run directory: notebook 04 writes a new one, 05 alone reads an existing one."""
+def place_of_run(names: Sequence[str], values: Mapping[str, Any], label: str) -> str | None:
+    """The run directory: notebook 04 writes a new one, 05 alone reads an existing one.
+
+    Raises:
+        UserError: if it is taken, or there is none to read.
+    """
     with_run = [own for own in map(notebook_parameters, names) if "run" in own]
     writes = any("epochs" in own for own in with_run)
     given = values.get("run", "")

@@ -8,7 +8,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gan_lib.base.addresses import absolute
@@ -233,24 +233,28 @@ def _runs(options: argparse.Namespace) -> int:
 
     found = summaries(options.folder or files.RUNS)
     head = ("run", "state", "epoch", "images/s", "quality", "last sign of life")
-    lines = [head, *map(_line, found)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(map(str.ljust, line, widths)).rstrip())
+    print_table([head, *map(_line, found)])
     for summary in found:
         if summary.state in ("failed", "damaged"):
             print(f"{summary.name}: {summary.why}")
     return 0
 
 
+def print_table(lines: Sequence[tuple[str, ...]]) -> None:
+    """Print lines of equally many words in columns."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(map(str.ljust, line, widths)).rstrip())
+
+
 def _line(run: Summary) -> tuple[str, ...]:
-    speed, kid = run.images_per_second, run.kid
+    speed = run.images_per_second
     return (
         run.name,
         run.state,
         f"{run.epoch}/{run.epochs}" if run.epochs else "",
         "" if speed is None else f"{speed:,.0f}",
-        "" if kid is None else f"KID {kid:.4f} (epoch {run.best})",
+        run.quality,
         _ago(time.time() - run.seen) if run.seen else "",
     )
 

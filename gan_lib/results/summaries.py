@@ -46,6 +46,11 @@ class Summary:
     kid: float | None = None
     seen: float = 0.0
 
+    @property
+    def quality(self) -> str:
+        """The least KID in words; empty if nothing was measured."""
+        return "" if self.kid is None else f"KID {self.kid:.4f} (epoch {self.best})"
+
 
 def summarise(run: Run) -> Summary:
     """What one line says of a run.
