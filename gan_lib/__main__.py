@@ -14,7 +14,7 @@ from gan_lib.base.interrupts import interruptible
 try:
     from gan_lib.base.progress import HEADLESS_VARIABLE
     from gan_lib.cli import profiles
-    from gan_lib.cli.arguments import add_example, add_parameters
+    from gan_lib.cli.arguments import PROFILE_HELP, add_example, add_parameters
     from gan_lib.cli.data_commands import add_commands
     from gan_lib.cli.doctor_command import add_doctor
     from gan_lib.cli.generator_commands import add_generator
@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument(
         "--profile",
         action="append",
-        help="a name in profiles/, or a YAML file; given again, the series of each is executed, "
-        "side by side where there are workers for it; default: quick",
+        help=f"{PROFILE_HELP}; given again, the series of each is executed, side by side where "
+        "there are workers for it; default: quick",
     )
     add_parameters(run)
     run.add_argument(

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from test_core_install import site_with
 
 from gan_lib.__main__ import main
+from gan_lib.base.checkout import CHECKOUT
 from gan_lib.base.errors import ParameterError
 from gan_lib.cli.generator_commands import parse_seeds
 from gan_lib.data.image_set import ImageSet
@@ -289,6 +290,7 @@ def test_what_cannot_be_exported_is_said_in_one_sentence(
     taken.mkdir()
     out = str(tmp_path / "out")
     for words, sentence in (
+        (["export", run, "--out", "/proc/out"], "/proc/out cannot be written"),
         (["export", run, "--out", str(taken)], f"{taken} is there already: name a new folder"),
         (["generate", run, "--out", str(taken)], f"{taken} is there already: name a new folder"),
         (["generate", run, "--out", "s3://bucket/out"], "name a folder of this machine"),
@@ -304,6 +306,24 @@ def test_what_cannot_be_exported_is_said_in_one_sentence(
         assert sentence in said.err
         assert said.err.count("\n") == 1
         assert list(tmp_path.iterdir()) == [taken]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", ["generate", "export"])
+def test_a_killed_one_leaves_nothing_that_looks_done(
+    command: str, run: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "gan_lib", command, run, "--out", str(out)]
+    first = {"generate": "seed_0000.png", "export": "model.safetensors"}[command]
+    with subprocess.Popen(words, cwd=CHECKOUT) as process:
+        while not list(tmp_path.glob(f".out.*.part/{first}")):
+            assert process.poll() is None
+        process.kill()
+    left = list(tmp_path.iterdir())
+    assert [path.name.startswith(".out.") for path in left] == [True]
+    assert main([command, run, "--out", str(out)]) == 0
+    assert (out / first).exists()
 
 
 def test_ctrl_c_leaves_nothing(run: str, tmp_path: Path) -> None:

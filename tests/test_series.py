@@ -69,7 +69,7 @@ def test_two_at_a_time_and_one_that_fails(
     for name in ("a", "b"):
         best = min(open_run(str(tmp_path / "runs" / name)).quality(), key=lambda line: line["kid"])
         quality = rf"KID {best['kid']:.4f} \(epoch {best['epoch']}\)"
-        row = rf"{name} +finished +\d+\.\d  {quality}  {out}/{name}"
+        row = rf"{name} +finished +\d+\.\d +{quality}  {out}/{name}"
         assert re.search(row, said.out), said.out
         assert (out / name / "index.html").exists()
     assert re.search(rf"none +failed +\d+\.\d +{out}/none", said.out), said.out

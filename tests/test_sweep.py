@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 from distributed import Client
 
-from gan_lib.base.errors import ClusterError, ParameterError, RunError, SourceError
+from gan_lib.base.errors import ParameterError, RunError, SourceError
 from gan_lib.cluster.starting import close_cluster, start_cluster
 from gan_lib.jobs.launching import launch
 from gan_lib.jobs.sweeping import sweep
@@ -129,7 +129,7 @@ def test_a_sweep_and_the_same_call_again(
     ]:
         with pytest.raises(RunError, match=said):
             sweep(client, other, grid, str(out), ranks=ranks)
-    with pytest.raises(ClusterError, match="n_workers is 0"):
+    with pytest.raises(ParameterError, match="ranks is 0, expected 1 or more"):
         sweep(client, p, told, str(tmp_path / "none"), ranks=0)
     with pytest.raises(ParameterError, match="stop_worst is 2, and quality_every 0"):
         sweep(client, p, told, str(tmp_path / "none"), stop_worst=2)

@@ -20,9 +20,11 @@ from foreign import foreign_cluster
 
 from gan_lib.__main__ import main
 from gan_lib.base.checkout import CHECKOUT
+from gan_lib.base.storage import Folder
 from gan_lib.cli.training_commands import command
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.run import open_run
+from gan_lib.results.sweep import write_list
 from gan_lib.results.writing import RunWriter, create_run
 from gan_lib.training.rank import train_gan
 
@@ -166,7 +168,19 @@ def test_what_cannot_be_done_is_said_in_one_sentence(
 ) -> None:
     place = str(tmp_path / "run")
     train_gan(tiny.replace(epochs=2), run=place, progress=False)
+    # Also before a cluster is started, which would be told of.
+    sweep = ["sweep", "--profile", "tiny", "--out", str(tmp_path / "sweep"), "-s"]
+    other = Folder(str(tmp_path / "other"))
+    write_list(other.url, tiny, {"seed=7": {"seed": 7}}, 1)
+    (tmp_path / "file").touch()
     for words, sentence in (
+        ([*sweep, "seed=1", "--ranks", "0"], "ranks is 0, expected 1 or more"),
+        ([*sweep, "seed=1", "--stop-worst", "1"], "stop_worst is 1, expected 2 or more"),
+        ([*sweep, "seed=1", "--stop-worst", "2"], "stop_worst is 2, and quality_every 0"),
+        ([*sweep, "seed=1", "--out", other.url], "holds another sweep"),
+        (["measure", place, "--images", "-3"], "images is -3, expected 8 or more"),
+        (["measure", place, "--epoch", "foo"], "no checkpoint of epoch foo: it keeps"),
+        (["run", "--profile", "tiny", "--out", str(tmp_path / "file")], "file/pictures cannot be"),
         (["train", "--profile", "tiny", "--run", place], "already holds a run"),
         (["train", "-p", "lrg", "1"], "no parameter 'lrg': did you mean 'lr_g'"),
         (["resume", place, "-p", "lrg", "1"], "no parameter 'lrg': did you mean 'lr_g'"),
@@ -188,8 +202,14 @@ def test_what_cannot_be_done_is_said_in_one_sentence(
     assert not (tmp_path / "run/stop").exists()
 
 
-@pytest.mark.parametrize("name", ["run", "train", "resume", "watch", "stop", "runs", "measure"])
+@pytest.mark.parametrize(
+    "name",
+    ["run", "train", "resume", "watch", "stop", "runs", "measure", "sweep", "generate", "export",
+     "doctor"],
+)  # fmt: skip
 def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([name, "--help"])
-    assert f"Example: python -m gan_lib {name}" in " ".join(capsys.readouterr().out.split())
+    # In one line, to be copied.
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"Example: python -m gan_lib {name} ")

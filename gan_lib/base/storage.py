@@ -69,6 +69,12 @@ def whole_folder(path: str) -> Iterator[Path]:
     try:
         yield aside
         os.rename(aside, target)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise ParameterError(f"{target} is there by now: name a new folder") from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ParameterError(f"{target} cannot be written: {error.strerror}") from None
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

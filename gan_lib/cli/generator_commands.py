@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gan_lib.base.errors import ParameterError
 from gan_lib.base.progress import ProgressBar
 from gan_lib.base.storage import whole_folder
-from gan_lib.cli.arguments import add_example, add_run
+from gan_lib.cli.arguments import add_example, add_run, read_epoch
 
 if TYPE_CHECKING:
     from gan_lib.results.run import Run
@@ -65,7 +65,7 @@ def _epoch(run: Run, told: str | None) -> int | str:
 
     if told is None:
         return best_epoch(run.quality(), run.epochs("checkpoints")) or "latest"
-    return int(told) if told.isdecimal() else {"last": "latest"}.get(told, told)
+    return read_epoch(told)
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gan_lib.cli.arguments import add_example
+from gan_lib.cli.arguments import add_example, read_epoch
 
 
 def add_measure(parser: argparse.ArgumentParser) -> None:
     """Give `python -m gan_lib measure` its arguments."""
-    parser.add_argument("run", nargs="?", default="latest", help="run directory; default: newest")
     parser.add_argument(
-        "--epoch", action="append", help="of a checkpoint, or best, or latest; default: all kept"
+        "run", nargs="?", default="latest", help="its folder or URL; default: latest"
+    )
+    parser.add_argument(
+        "--epoch", action="append", help="a number, best or last; may be given again; default: all"
     )
     parser.add_argument("--images", type=int, help="to generate for each; default: quality_images")
     parser.add_argument("--source", default="", help="of the real images, if the run is not yours")
@@ -25,7 +27,7 @@ def _measure(options: argparse.Namespace) -> int:
     from gan_lib.results.run import open_run
 
     run = open_run(options.run)
-    epochs = options.epoch and [int(e) if e.isdecimal() else e for e in options.epoch]
+    epochs = options.epoch and [read_epoch(text) for text in options.epoch]
     run.measure(epochs, options.images, source=options.source)
     lines, best = run.quality(), run.best_epoch()
     print(f"{run.url}, features of {lines[-1]['network']}:")

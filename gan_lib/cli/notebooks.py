@@ -85,7 +85,7 @@ def run_notebooks(
     if run is not None:
         values = {**values, "run": run}
     target = Path(folder).resolve() if folder else EXECUTED / label
-    (target / "pictures").mkdir(parents=True, exist_ok=True)
+    make_folder(target / "pictures")
     books = {name: read_notebook(name, core) for name in names}
     # papermill adds a cell with the parameters to each.
     total = sum(len(book.cells) + 1 for book in books.values())
@@ -105,6 +105,18 @@ def run_notebooks(
                 export_notebook(target / f"{name}.ipynb")
                 write_index(target, names, run)
     return Executed(target, run)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for executed notebooks, if it is not there.
+
+    Raises:
+        ParameterError: if it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ParameterError(f"{path} cannot be made: {error.strerror}") from None
 
 
 def read_notebook(name: str, core: bool = False) -> nbformat.NotebookNode:

@@ -21,7 +21,7 @@ from gan_lib.base.errors import ParameterError, UserError
 from gan_lib.base.interrupts import interruptible
 from gan_lib.base.progress import ProgressBar
 from gan_lib.cli import profiles
-from gan_lib.cli.notebooks import EXECUTED, place_of_run
+from gan_lib.cli.notebooks import EXECUTED, make_folder, place_of_run
 from gan_lib.cli.training_commands import print_table
 from gan_lib.cluster.starting import close_cluster, connect
 from gan_lib.results.run import open_run
@@ -85,7 +85,6 @@ class Series:
 
     def _listen(self) -> None:
         assert self.process is not None and self.process.stdout is not None
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
         with self.folder.with_suffix(".log").open("w") as log:
             for line in self.process.stdout:
                 log.write(line)
@@ -177,6 +176,7 @@ def run_profiles(
         )
     folder = Path(out).resolve() if out else EXECUTED / time.strftime("%Y%m%d-%H%M%S")
     series = [_plan(names, profile, overrides, folder, core) for profile in told]
+    make_folder(folder)
     places = {address: _places(address) for address in {one.address for one in series}}
     waiting, leave = list(series), threading.Event()
     running: list[Series] = []

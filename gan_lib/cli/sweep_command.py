@@ -59,10 +59,11 @@ def _sweep(options: argparse.Namespace) -> int:
         raise ParameterError(f"run is {given['run']!r}: the runs of a sweep lie below --out")
     grid = read_grid(options.sweep)
     parameters, values = told(options.profile, given)
-    list_runs(parameters, grid, options.zip, options.random)  # raises if one cannot be trained
+    runs = list_runs(parameters, grid, options.zip, options.random)
     # Only now: a mistake should not have to wait for torch to be imported.
-    from gan_lib.jobs.sweeping import sweep
+    from gan_lib.jobs.sweeping import check_sweep, sweep
 
+    check_sweep(parameters, runs, options.out, options.ranks, options.stop_worst)
     n_workers = values["n_workers"] and max(values["n_workers"], options.ranks)
     with cluster_for(values["address"], n_workers, parameters.device) as client:
         done = sweep(

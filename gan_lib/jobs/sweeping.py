@@ -31,7 +31,6 @@ from gan_lib.cluster.shipping import ship_package
 from gan_lib.cluster.workers import (
     Watch,
     replace_lost_workers,
-    require_some_workers,
     wait_for_workers,
 )
 from gan_lib.data.checking import check_source
@@ -92,20 +91,11 @@ def sweep(
         RunError: if another sweep lives in the folder.
         ClusterError: if there are too few workers, or the cluster is lost.
     """
-    require_some_workers(ranks)
     if not isinstance(parameters, TrainingParameters):
         parameters = TrainingParameters.from_mapping(parameters or {})
     parameters = parameters.replace(source=resolve_source(parameters.source))
     runs = list_runs(parameters, grid, paired, sample)
-    for source in {values.get("source", parameters.source) for values in runs.values()}:
-        check_source(source)
-    if stop_worst:
-        require_range("stop_worst", stop_worst, 2, None)
-        if not all(run.get("quality_every", parameters.quality_every) for run in runs.values()):
-            raise ParameterError(
-                f"stop_worst is {stop_worst}, and quality_every 0: nothing is measured by which "
-                "one run is worse than another. Set quality_every, such as 5"
-            )
+    check_sweep(parameters, runs, out, ranks, stop_worst)
     wait_for_workers(client, ranks)
     ship_package(client)
     waiting = "another call is at work on this sweep: waiting for its end"
@@ -123,6 +113,28 @@ def sweep(
             raise
         write_results(listed)
     return listed
+
+
+def check_sweep(
+    parameters: TrainingParameters,
+    runs: Mapping[str, Mapping[str, Any]],
+    out: str,
+    ranks: int,
+    stop_worst: int,
+) -> None:
+    """Find out what `sweep` refuses, as far as it needs no workers for that; raises as it does."""
+    require_range("ranks", ranks, 1, None)
+    for source in {values.get("source", parameters.source) for values in runs.values()}:
+        check_source(source)
+    if stop_worst:
+        require_range("stop_worst", stop_worst, 2, None)
+        if not all(run.get("quality_every", parameters.quality_every) for run in runs.values()):
+            raise ParameterError(
+                f"stop_worst is {stop_worst}, and quality_every 0: nothing is measured by which "
+                "one run is worse than another. Set quality_every, such as 5"
+            )
+    if Folder(out).exists(LIST):
+        write_list(out, parameters, runs, ranks)
 
 
 class _Sweeping:

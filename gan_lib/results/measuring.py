@@ -24,14 +24,14 @@ from gan_lib.results.run import Run
 def measure_run(
     run: Run,
     images: ImageSet,
-    epochs: Sequence[int | str] | None = None,
+    epochs: Sequence[int] | None = None,
     n: int | None = None,
     network: FeatureNetwork | None = None,
     progress: bool = True,
 ) -> list[Line]:
     """What `Run.measure` does, with the images in hand."""
     kept = run.epochs("checkpoints")
-    chosen = kept if epochs is None else [run.checkpoint(epoch)["epoch"] for epoch in epochs]
+    chosen = kept if epochs is None else epochs
     if not chosen:
         raise RunError(f"{run.url} has no checkpoint yet: there is nothing to measure")
     network = network or EfficientNetLite0()

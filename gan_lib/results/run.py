@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from gan_lib.base.checks import require_range
 from gan_lib.base.errors import RunError, describe
 from gan_lib.base.storage import Folder
 from gan_lib.data.image_set import ImageSet
@@ -233,8 +234,12 @@ class Run:
         """
         from gan_lib.results.measuring import measure_run
 
+        # First what takes no time.
+        if n is not None:
+            require_range("images", n, 8, None)
+        chosen = None if epochs is None else [self.checkpoint(epoch)["epoch"] for epoch in epochs]
         images = self.images(source) if images is None else images
-        return measure_run(self, images, epochs, n, network, progress)
+        return measure_run(self, images, chosen, n, network, progress)
 
     def quality(self, network: str = "") -> list[dict[str, Any]]:
         """What was measured, by epoch, during the training or by `measure`.

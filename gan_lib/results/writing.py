@@ -125,7 +125,8 @@ def refuse_taken(url: str) -> None:
 
 def _taken(url: str) -> RunError:
     return RunError(
-        f"{url} already holds a run: choose another place, or go on with it by resume=True"
+        f"{url} already holds a run: choose another place, or go on with it by resume=True (in a "
+        f"shell: python -m gan_lib resume {url})"
     )
 
 
