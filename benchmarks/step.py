@@ -9,7 +9,8 @@ rate of a matrix product of 2,048 in the same run (8,192 on a GPU, which is take
 one). Freed memory is kept for all of them alike (see `gan_lib.base.memory`).
 
 A figure is the fastest of a few steps in each round, and the median of the rounds: other work on
-the machine makes single steps slower, never faster.
+the machine makes single steps slower, never faster. With --threads 1 on a CPU, seconds are those
+in which the process had a core: busy machines give nearly the figures of idle ones.
 """
 
 from __future__ import annotations
@@ -162,13 +163,16 @@ def cudnn(name: str) -> AbstractContextManager[None]:
 def seconds_of(step: Callable[[], Any], device: torch.device, n: int = STEPS_IN_TURN) -> float:
     """The fastest of `n` calls; on a GPU, of `n` rows of calls, for each."""
     found, in_a_row = [], MORE_ON_A_GPU if device.type == "cuda" else 1
+    # What one thread is busy for is its own, whatever else the machine does meanwhile.
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     for _ in range(n):
         wait(device)
-        began = time.perf_counter()
+        began = clock()
         for _ in range(in_a_row):
             step()
         wait(device)
-        found.append((time.perf_counter() - began) / in_a_row)
+        found.append((clock() - began) / in_a_row)
     return min(found)
 
 
