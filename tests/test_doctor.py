@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
-from distributed import Client
+from distributed import Client, Event
 from fault_proxy import fault_proxy
 from foreign import ForeignCluster, started
 from s3fs import S3FileSystem
@@ -207,8 +207,10 @@ def test_the_rank_that_is_missing_is_named(
     # On a machine that is busy itself, importing torch may pass for silence.
     client.run(exec, "import gan_lib.jobs.rank_task")
     busy = sorted(client.nthreads())[1]
-    client.submit(time.sleep, 10, workers=[busy], pure=False, key="busy")
+    free = Event("free", client=client)
+    client.submit(lambda: Event("free").wait(300), workers=[busy], pure=False, key="busy")
     missing = found("all reduce", client, **tiny.to_dict())
+    free.set()
     # Nobody else finds them busy.
     client.gather([client.submit(int, workers=[w], pure=False) for w in client.nthreads()])
     assert missing.verdict == "fault"
@@ -292,7 +294,7 @@ def test_two_hosts_with_larger_packets_than_pass_between_them(
     assert f"the MTU is 9000 on {INTERFACE} of {one}, 9000 on " in findings["R"].found
     assert "same MTU" in findings["R"].cure
     assert findings["S"].verdict == "fault"
-    assert "MTU" in findings["S"].cure, findings["S"]
+    assert "MTU" in findings["S"].cure, findings["S"].found
 
 
 class Seen(Patient):
