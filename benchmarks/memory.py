@@ -37,13 +37,14 @@ def main() -> int:
     if not told.command:
         parser.error("no command: see the example")
     most: list[tuple[float, str]] = []
-    peak = 0.0
+    peak = said = 0.0
     with subprocess.Popen(told.command) as running:
         while running.poll() is None:
             found = memory(psutil.Process(running.pid))
             total = sum(megabytes for megabytes, _ in found)
-            if total > 1.1 * peak:
+            if total > 1.1 * said:
                 # As it grows: the command may be ended from outside.
+                said = total
                 now = time.strftime("%H:%M:%S")
                 print(f"{now} {total:,.0f} MB in {len(found)} processes", flush=True)
             if total > peak:
