@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py .venv/bin/python -m gan_lib run --profile quick
 
-What several processes share counts once (Linux's proportional set size). Printed are the peak,
-and what the processes were that had it.
+Printed are the peak, how it grew, and what the processes were that had it. What several processes
+share counts once (Linux's proportional set size). Pages of files, such as torch's libraries, are
+left out: Linux takes them back where memory is short, and other programs may share them.
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ import argparse
 import contextlib
 import subprocess
 import time
+from pathlib import Path
 
 import psutil
 
 
 def memory(root: psutil.Process) -> list[tuple[float, str]]:
-    """Megabytes and command of each process below `root`, the largest first."""
+    """Megabytes and command of each process from `root` down, the largest first."""
     found = []
     for process in [root, *root.children(recursive=True)]:
         # It may end meanwhile.
-        with contextlib.suppress(psutil.Error):
-            pss = process.memory_full_info().pss
-            found.append((pss / 1e6, " ".join(process.cmdline())))
+        with contextlib.suppress(psutil.Error, OSError):
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
+            kb = {line.split()[0]: int(line.split()[1]) for line in lines}
+            own = kb["Pss_Anon:"] + kb["Pss_Shmem:"]
+            found.append((own * 1024 / 1e6, " ".join(process.cmdline())))
     return sorted(found, reverse=True)
 
 
@@ -44,8 +48,7 @@ def main() -> int:
             total = sum(megabytes for megabytes, _ in found)
             if total > 1.1 * said:
                 # As it grows: the command may be ended from outside.
-                said = total
-                now = time.strftime("%H:%M:%S")
+                said, now = total, time.strftime("%H:%M:%S")
                 print(f"{now} {total:,.0f} MB in {len(found)} processes", flush=True)
             if total > peak:
                 most, peak = found, total
