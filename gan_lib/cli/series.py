@@ -174,8 +174,9 @@ def run_profiles(
             f"run is {overrides['run']!r}, and there are {len(told)} profiles, each with a run of "
             "its own: name it in the profiles, or leave it out"
         )
-    folder = Path(out).resolve() if out else EXECUTED / time.strftime("%Y%m%d-%H%M%S")
-    series = [_plan(names, profile, overrides, folder, core) for profile in told]
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = Path(out).resolve() if out else EXECUTED / stamp
+    series = [_plan(names, profile, overrides, folder, stamp, core) for profile in told]
     make_folder(folder)
     places = {address: _places(address) for address in {one.address for one in series}}
     waiting, leave = list(series), threading.Event()
@@ -215,12 +216,13 @@ def _plan(
     profile: str,
     overrides: Mapping[str, str],
     folder: Path,
+    stamp: str,
     core: bool,
 ) -> Series:
     """Check all that a series is told."""
     label = Path(profile).stem
     values = profiles.series_values(names, profiles.read_profile(profile), overrides)
-    run = place_of_run(names, values, f"{label}-{folder.name}")
+    run = place_of_run(names, values, f"{label}-{stamp}")
     command = [sys.executable, "-m", "gan_lib", "run", *names, "--profile", profile]
     command += ["--core"] if core else []
     command += ["--out", str(folder / label)]
@@ -242,8 +244,9 @@ def _places(address: str) -> list[str]:
     if n_gpus := torch.cuda.device_count():
         shown = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))
         return shown.split(",")
-    linux = sys.platform == "linux"
-    return list(map(str, sorted(os.sched_getaffinity(0)) if linux else range(CPU_COUNT)))
+    cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else range(CPU_COUNT)
+    # A container may see more of them than it gets.
+    return list(map(str, cores[:CPU_COUNT]))
 
 
 def _begins(one: Series, running: Sequence[Series], places: Sequence[str]) -> bool:
