@@ -40,6 +40,7 @@ ALL: dict[str, Any] = {
     "batch_size": 32,
     "d_bias": True,
     "augment": "translation",
+    "augment_after": 300_000,
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "article": {},
@@ -55,7 +56,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "hinge, spectral": {"loss": "hinge", "d_norm": "spectral", "lr_d": 1e-3},
     "relativistic, r1": {"loss": "relativistic", "d_norm": "none", "r1": 0.05, "lr_d": 4e-4},
     "all but the offset": {**ALL, "d_bias": False},
-    "all but translation": {**ALL, "augment": ""},
+    "all, shifted from the beginning": {**ALL, "augment_after": 0},
+    "all, never shifted": {**ALL, "augment": ""},
     "all, batches of 64": {**ALL, "batch_size": 64},
     "all, batches of 64, lr_g 2e-4": {**ALL, "batch_size": 64, "lr_g": 2e-4},
     "all": ALL,

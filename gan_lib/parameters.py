@@ -71,6 +71,7 @@ class TrainingParameters:
     # Augmentation: `flip` of the real images, the others of all that the discriminator sees
     flip: bool = True  # mirror each image left to right with probability 1/2
     augment: str = ""  # DiffAugment: "translation,cutout,color" or parts of it
+    augment_after: int = 0  # images until `augment` begins, when D would know them by heart
     color_jitter: float = 0.0  # brightness, contrast, saturation: each times 1 - this to 1 + this
     noise: float = 0.0  # standard deviation of Gaussian pixel noise, where white minus black is 2
 
@@ -121,7 +122,7 @@ class TrainingParameters:
         for name in (*at_least_one, "sample_every", "checkpoint_every", "n_samples"):
             require_range(name, getattr(self, name), 1, None)
         zero_is_none = ("max_images", "keep_checkpoints", "keep_every", "quality_every", "patience")
-        for name in (*zero_is_none, "ema_images", "r1"):
+        for name in (*zero_is_none, "augment_after", "ema_images", "r1"):
             require_range(name, getattr(self, name), 0, None)
         require_range("quality_images", self.quality_images, 8, None)
         if self.patience and not self.quality_every:

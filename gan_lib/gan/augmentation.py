@@ -34,6 +34,7 @@ class Look:
         share: the part `start:stop` of the whole batch that this rank's images are.
         n_total: images of this step on all ranks together.
         rank: of this process.
+        seen: images before this step: `augment` begins after `augment_after`.
     """
 
     parameters: TrainingParameters
@@ -41,11 +42,12 @@ class Look:
     share: slice
     n_total: int
     rank: int = 0
+    seen: int = 0
 
     def __call__(self, images: Tensor, turn: int) -> Tensor:
         """The images of one turn of the step (each has changes of its own), n x C x H x W."""
         p = self.parameters
-        if p.changes:
+        if p.changes and self.seen >= p.augment_after:
             seed = stream_seed(p.seed, AUGMENTATION, self.iteration, turn)
             numbers = numbers_for(p.changes, self.n_total, seed)[self.share]
             images = augment(images, p.changes, numbers)

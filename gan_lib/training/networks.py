@@ -126,7 +126,7 @@ class Training:
             fake_label=p.fake_label,
             r1=p.r1 * p.r1_every if penalised else 0.0,
             labels=batch.labels if p.conditional else None,
-            look=Look(p, self.iteration, batch.share, batch.n_total, self.ranks.rank),
+            look=Look(p, self.iteration, batch.share, batch.n_total, self.ranks.rank, self.seen),
             weight=batch.weight,
             precision=self.precision,
         )
