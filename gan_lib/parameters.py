@@ -71,7 +71,7 @@ class TrainingParameters:
     # Augmentation: `flip` of the real images, the others of all that the discriminator sees
     flip: bool = True  # mirror each image left to right with probability 1/2
     augment: str = ""  # DiffAugment: "translation,cutout,color" or parts of it
-    augment_after: int = 0  # images until `augment` begins, when D would know them by heart
+    augment_after: int = 0  # images until `augment` begins: at first it only slows learning
     color_jitter: float = 0.0  # brightness, contrast, saturation: each times 1 - this to 1 + this
     noise: float = 0.0  # standard deviation of Gaussian pixel noise, where white minus black is 2
 

@@ -15,6 +15,7 @@ from gradients import gradients
 from torch import Tensor, nn
 
 from gan_lib.base.errors import ParameterError
+from gan_lib.data.batches import Batch
 from gan_lib.data.image_set import ImageSet
 from gan_lib.gan.augmentation import Look, augment, numbers_for
 from gan_lib.gan.averaging import MovingAverage
@@ -41,6 +42,7 @@ EVERYTHING = {
     "r1": 0.1,
     "r1_every": 2,
     "augment": "translation,cutout,color",
+    "augment_after": 100,
     "ema_images": 100,
     "conditional": True,
     "color_jitter": 0.1,
@@ -161,6 +163,18 @@ def test_a_look_is_the_same_on_any_number_of_ranks(tiny: TrainingParameters) -> 
     for other in (replace(Look(p, 7, slice(0, 15), 15), iteration=8)(images, REAL),
                   Look(p, 7, slice(0, 15), 15)(images, FAKE)):  # fmt: skip
         assert not torch.equal(other, whole)
+
+
+def test_what_is_seen_is_changed_only_after_so_many_images(tiny: TrainingParameters) -> None:
+    p = tiny.replace(augment="translation", augment_after=100)
+    images = torch.rand(64, 1, 16, 16)
+    for seen, changed in ((0, False), (99, False), (100, True)):
+        look = Look(p, 0, slice(0, 64), 64, seen=seen)
+        assert torch.equal(look(images, REAL), images) is not changed
+    training = Training(p.replace(batch_size=32), Ranks(), torch.device("cpu"))
+    training.seen = 70
+    batch = Batch(images[:32], torch.zeros(32, dtype=torch.int64), slice(0, 32), 32, 1.0)
+    assert training.lesson(batch).look.seen == 70
 
 
 def test_noise_has_the_strength_that_was_asked_for(tiny: TrainingParameters) -> None:
@@ -315,6 +329,7 @@ def test_a_class_is_drawn_by_its_name(
         ({"r1": 1.0}, "r1 is 1.0, and d_norm is 'batch'.*Use d_norm 'none'"),
         ({"r1": -1.0, "d_norm": "none"}, "r1 is -1.0, expected 0 or more"),
         ({"ema_images": -1}, "ema_images is -1"),
+        ({"augment_after": -1}, "augment_after is -1"),
     ],
 )
 def test_impossible_recipes_are_refused(told: dict[str, object], sentence: str) -> None:
