@@ -105,7 +105,9 @@ def test_a_notebook_is_opened_read_and_run(name: str, lab: str, page: Page, tmp_
     assert page.evaluate(f"{NOTEBOOK}.sessionContext.kernelDisplayName") == "Python 3 (ipykernel)"
 
     # Answers are hidden, and open with a click.
-    page.evaluate(f"{NOTEBOOK}.content.activeCellIndex = {NOTEBOOK}.content.widgets.length - 3")
+    source = "cell.model.sharedModel.source"
+    place = f"widgets.findIndex(cell => {source}.startsWith('## Three questions'))"
+    page.evaluate(f"void {NOTEBOOK}.content.scrollToItem({NOTEBOOK}.content.{place})")
     question = page.locator("details", has_text="1.").first
     question.scroll_into_view_if_needed()
     answer = question.locator("p").first
