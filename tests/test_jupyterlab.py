@@ -76,6 +76,9 @@ def lab(tiny: TrainingParameters, tmp_path_factory: pytest.TempPathFactory) -> I
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(30)  # for its kernels, which end with it in any case
+            server.kill()
 
 
 @pytest.fixture(scope="module")
