@@ -239,7 +239,11 @@ def disturb(client: Client, out: Path, rng: random.Random) -> None:
 
     for n in (0, 1):
         until_finished(n)
-        os.kill(rng.choice(list(client.run(os.getpid).values())), signal.SIGKILL)
+        # Of the nannies, because a worker that was just killed answers nobody; it has no process
+        # until it is started anew.
+        while not (pids := [nanny.pid for nanny in client.cluster.workers.values() if nanny.pid]):
+            time.sleep(0.1)
+        os.kill(rng.choice(pids), signal.SIGKILL)
     until_finished(2)
     os.kill(os.getpid(), signal.SIGINT)
 
