@@ -22,9 +22,9 @@ import importlib, pkgutil, sys
 import gan_lib
 
 if __name__ == "__main__":
-    of_notebooks = ("gan_lib.__main__", "gan_lib.cli.pages", "gan_lib.cli.notebooks")
+    of_notebooks = ("__main__", "cli.pages", "cli.notebooks", "cli.series")
     for module in pkgutil.walk_packages(gan_lib.__path__, "gan_lib."):
-        if module.name not in of_notebooks:
+        if module.name.removeprefix("gan_lib.") not in of_notebooks:
             importlib.import_module(module.name)
     told = {"image_size": 16, "channels": 1, "max_images": 64, "nz": 16, "ngf": 8, "ndf": 8,
             "batch_size": 32, "epochs": 1, "device": "cpu"}
