@@ -7,11 +7,11 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from gan_lib.gan.drawing import latent_vectors, random_labels
+from gan_lib.gan.drawing import in_parts, latent_vectors, random_labels
 from gan_lib.gan.models import Generator
 
-# Images that BatchNorm's statistics are found from, drawn so many at once.
-IMAGES, AT_ONCE = 2048, 256
+# Images that BatchNorm's statistics are found from.
+IMAGES = 2048
 
 
 class MovingAverage:
@@ -57,13 +57,11 @@ class MovingAverage:
             return
         z = latent_vectors(IMAGES, self.generator.nz, seed=0)
         labels = random_labels(self.generator, IMAGES, seed=0)
-        told = [z] if labels is None else [z, labels]
-        device = self._to[0].device
         for norm in self._norms:
             norm.reset_running_stats()
             norm.momentum = None  # the plain mean over the batches
         self.generator.train()
-        for part in zip(*(values.to(device).split(AT_ONCE) for values in told), strict=True):
+        for part in in_parts(self.generator, z, labels):
             self.generator(*part)
         self.generator.eval()
         self._found = True

@@ -15,6 +15,9 @@ from gan_lib.base.errors import ParameterError
 from gan_lib.data.pixels import denormalise
 from gan_lib.gan.models import Generator
 
+# Images that are drawn at once.
+AT_ONCE = 256
+
 
 def latent_vectors(n: int, nz: int, seed: int) -> Tensor:
     """Standard normal latent vectors, n x nz, the same for the same seed on every device."""
@@ -30,6 +33,15 @@ def random_labels(generator: Generator, n: int, seed: int) -> Tensor | None:
     return torch.multinomial(counts, n, replacement=True, generator=random)
 
 
+def in_parts(
+    generator: Generator, z: Tensor, labels: Tensor | None = None
+) -> Iterator[tuple[Tensor, ...]]:
+    """What a generator is called with, so many at once that memory holds them, on its device."""
+    device = next(generator.parameters()).device
+    told = [z] if labels is None else [z, labels]
+    return zip(*(values.to(device).split(AT_ONCE) for values in told), strict=True)
+
+
 @torch.no_grad()
 def render(generator: Generator, z: Tensor, labels: Tensor | None = None) -> np.ndarray:
     """The images of latent vectors, in eval mode: uint8, N x H x W x C.
@@ -37,13 +49,10 @@ def render(generator: Generator, z: Tensor, labels: Tensor | None = None) -> np.
     Eval mode, so that an image depends on its own latent vector (and class) alone and not
     on what else is in the batch. `labels` are needed where the generator has classes.
     """
-    device = next(generator.parameters()).device
     was_training = generator.training
     generator.eval()
     try:
-        told = [z] if labels is None else [z, labels]
-        parts = zip(*(values.to(device).split(256) for values in told), strict=True)
-        images = torch.cat([generator(*part) for part in parts])
+        images = torch.cat([generator(*part) for part in in_parts(generator, z, labels)])
     finally:
         generator.train(was_training)
     pixels = denormalise(images, *generator.normalisation).cpu()
