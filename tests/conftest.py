@@ -43,6 +43,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(no_gpu)
+    for item in items:
+        if "long" in item.keywords:
+            item.add_marker(pytest.mark.timeout(1200))
     if not config.getoption("--long"):
         skip = pytest.mark.skip(reason="takes minutes: make test-all")
         for item in items:

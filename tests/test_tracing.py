@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -28,6 +31,26 @@ def test_a_step_alone_has_no_exchange(tiny: TrainingParameters) -> None:
     assert parts["exchange"] == parts["waiting"] == start == 0
     assert min(parts[kind] for kind in ("forward", "backward", "optimiser", "Python")) > 0
     assert sum(parts.values()) == pytest.approx(end)
+
+
+IN_A_THREAD = """
+import threading
+from gan_lib.parameters import TrainingParameters
+from gan_lib.training.tracing import trace_step
+
+told = TrainingParameters(image_size=16, channels=1, max_images=96, ngf=8, ndf=8, batch_size=32)
+thread = threading.Thread(target=trace_step, args=(told, 1))
+thread.start()
+thread.join()
+"""
+
+
+def test_the_profiler_reports_no_errors_that_are_none() -> None:
+    quiet = os.environ | {"KINETO_LOG_LEVEL": "6"}  # as workers have it
+    ended = subprocess.run(
+        [sys.executable, "-c", IN_A_THREAD], env=quiet, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_a_step_of_two_ranks_shows_what_they_exchange(

@@ -32,8 +32,8 @@ from gan_lib.jobs.rank_task import (
     SECONDS_TO_RETIRE,
     Failure,
     RankTask,
+    get_ready,
     listen,
-    visible_gpus,
     work_as_rank,
 )
 
@@ -57,9 +57,8 @@ def start_ranks(
     """
     workers = [place.worker for place in places]
     ship_package(client, workers)
-    # Also where the answer is not needed: it makes them import torch, and all that the function
-    # needs, before a silence of theirs is taken for a failure.
-    seen = ask(client, lambda: client.run(visible_gpus, function, workers=workers), workers)
+    # Before a silence of theirs is taken for a failure: importing torch may take a while.
+    seen = ask(client, lambda: client.run(get_ready, function, workers=workers), workers)
     gpus, backend = [0] * len(places), "gloo"
     if device != "cpu":
         gpus, backend = pick_gpus([seen[w] for w in workers], [p.local_rank for p in places])

@@ -91,12 +91,17 @@ def listen(host: str) -> int:
     return port
 
 
-def visible_gpus(function: object = None) -> list[str]:
-    """On a worker: identities of the GPUs that it sees.
-
-    What arrives here with `function` is what that needs: its modules are imported.
-    """
+def visible_gpus() -> list[str]:
+    """On a worker: identities of the GPUs that it sees."""
     return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+
+
+def get_ready(function: Callable[..., Any]) -> list[str]:
+    """On a worker that is to be a rank: import what it needs; the GPUs that it sees.
+
+    That `function` has arrived here means that its modules have been imported.
+    """
+    return visible_gpus()
 
 
 def work_as_rank(function: Callable[..., Any], arguments: dict[str, Any], task: RankTask) -> Any:
