@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.server
 import json
 import os
@@ -29,6 +30,7 @@ from test_core_install import site_with
 from gan_lib.__main__ import main
 from gan_lib.base.checkout import CHECKOUT
 from gan_lib.base.errors import ParameterError
+from gan_lib.base.storage import whole_folder
 from gan_lib.cli.generator_commands import parse_seeds
 from gan_lib.data.image_set import ImageSet
 from gan_lib.gan.drawing import draw_seeds, latent_of_seed, render, walk
@@ -281,6 +283,8 @@ def test_seeds_are_numbers_and_ranges() -> None:
     for wrong in ("", "-1", "3-1", "1.5", "all"):
         with pytest.raises(ParameterError, match="write it as 0-99, or 3,7,10-12"):
             parse_seeds(wrong)
+    with pytest.raises(ParameterError, match="more than 1,000,000 images"):
+        parse_seeds("0-9,5-99999999999")
 
 
 def test_what_cannot_be_exported_is_said_in_one_sentence(
@@ -322,8 +326,17 @@ def test_a_killed_one_leaves_nothing_that_looks_done(
         process.kill()
     left = list(tmp_path.iterdir())
     assert [path.name.startswith(".out.") for path in left] == [True]
+    # The same again puts away what the killed one has left, and nothing of one that is at work.
+    (tmp_path / f".out.{'0' * 32}.part").mkdir()
+    with whole_folder(str(out)) as ours:
+        assert list(tmp_path.iterdir()) == [ours]
+        with contextlib.suppress(ParameterError), whole_folder(str(out)) as other:
+            assert {*tmp_path.iterdir()} == {ours, other}
+            raise ParameterError("not now")
+    out.rmdir()
     assert main([command, run, "--out", str(out)]) == 0
     assert (out / first).exists()
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_ctrl_c_leaves_nothing(run: str, tmp_path: Path) -> None:

@@ -34,10 +34,15 @@ def test_several_profiles_are_all_checked_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = write_profile(tmp_path / "wrong.yaml", batch_size=-1)
+    twice = [
+        *write_profile(tmp_path / "one.yaml", run=str(tmp_path / "run")),
+        *write_profile(tmp_path / "two.yaml", run=str(tmp_path / "run")),
+    ]
     for words, sentence in (
         (["--profile", "tiny"], "the profiles are tiny, tiny: give each name once"),
         (["--profile", "nope"], "there is no profile 'nope'"),
         (wrong, "batch_size is -1"),
+        (twice, "2 of the profiles name the run"),
         (["--profile", "quick", "-p", "run", "x"], "run is 'x', and there are 2 profiles"),
         (["--profile", "quick", "-p", "lrg", "1"], "no parameter 'lrg': did you mean 'lr_g'"),
     ):

@@ -18,7 +18,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from distributed import Client
+from PIL import Image
 
+from gan_lib.base import storage
 from gan_lib.base.errors import ParameterError, RunError, SourceError
 from gan_lib.cluster.starting import close_cluster, start_cluster
 from gan_lib.jobs.launching import launch
@@ -28,6 +30,8 @@ from gan_lib.results.grids import list_runs, run_name
 from gan_lib.results.pictures import image_grid, read_png
 from gan_lib.results.sweep import Sweep
 from gan_lib.results.sweep_pictures import GAP, draw_cells, plot_sweep
+from gan_lib.results.writing import RunWriter
+from gan_lib.training.rank import train_gan
 
 
 def test_the_list_of_runs(tiny: TrainingParameters) -> None:
@@ -141,6 +145,25 @@ def test_a_sweep_and_the_same_call_again(
     (out / "sweep.json").write_text((out / "sweep.json").read_text().replace("seed=1", "../up"))
     with pytest.raises(RunError, match=r"sweep.json is damaged: .*'batch_size=32_../up'"):
         Sweep(str(out))
+
+
+def test_why_a_run_cannot_go_on_is_kept(
+    client: Client, tiny: TrainingParameters, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for n in range(4):
+        Image.new("L", (16, 16), n).save(images / f"{n}.png")
+    out, p = tmp_path / "sweep", tiny.replace(source=str(images), batch_size=4, epochs=2)
+    train_gan(p.replace(epochs=1), run=str(out / "seed=0"), progress=False)
+    RunWriter(str(out / "seed=0")).set_status("stopped")
+    Image.new("L", (16, 16), 9).save(images / "9.png")
+    # What a killed call has left is put away by the next.
+    (out / f"sweep.csv.{storage._MACHINE}.{'0' * 32}.part").touch()
+    table = sweep(client, p, {"seed": [0, 1]}, str(out)).table()
+    assert table["state"].tolist() == ["failed", "finished"]
+    assert "images" in table["error"][0]
+    assert not list(out.rglob("*.part"))
 
 
 def test_two_sweeps_and_a_job_on_one_cluster(

@@ -105,18 +105,22 @@ def test_sigterm_on_a_cluster_that_was_there_keeps_a_checkpoint(tmp_path: Path) 
     place = tmp_path / "run"
     with foreign_cluster(tmp_path) as address:
         words = ["train", "--profile", "tiny", "--run", str(place), "-p", "address", address]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gan_lib", *words, "-p", "epochs", "1000000"],
-            cwd=CHECKOUT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        wait_until(lambda: any((place / "checkpoints").glob("*.pt")))
-        process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=SECONDS)[0]
-        assert process.returncode == 143
-        assert f"resume {place} -p address {address}" in said
-        assert open_run(str(place)).status().state == "stopped"
+        words += ["-p", "epochs", "1000000", "-p", "n_workers", "1"]
+        line = shlex.join([sys.executable, "-m", "gan_lib", *words])
+        # What it prints in the end goes on, and takes no more workers than it had.
+        for _ in range(2):
+            done = len(open_run(str(place)).positions()) if place.exists() else 0
+            process = subprocess.Popen(
+                shlex.split(line), cwd=CHECKOUT, stdout=subprocess.PIPE, text=True
+            )
+            wait_until(lambda done=done: len([*place.glob("checkpoints/*.pt")]) > done)
+            process.send_signal(signal.SIGTERM)
+            said = process.communicate(timeout=SECONDS)[0]
+            assert process.returncode == 143
+            assert f"resume {place} -p address {address}" in said
+            assert open_run(str(place)).status().state == "stopped"
+            assert open_run(str(place)).info()["world_size"] == 1
+            line = re.search(r"^  (.* resume .*)$", said, re.MULTILINE)[1]
         with Client(address) as client:
             assert len(client.nthreads()) == 2
 
@@ -186,6 +190,9 @@ def test_what_cannot_be_done_is_said_in_one_sentence(
         (["resume", place, "-p", "lrg", "1"], "no parameter 'lrg': did you mean 'lr_g'"),
         (["resume", place, "-p", "lr_g", "1"], "lr_g was 0.0002 and is 1.0"),
         (["resume", place, "-p", "epochs", "many"], "epochs is 'many'"),
+        (["resume", place, "-p", "n_workers", "two"], "n_workers is 'two'"),
+        (["train", "-p", "seed", "{"], "seed is '{', which is no YAML: expected a value such as 0"),
+        ([*sweep, "seed={"], "seed is '{', which is no YAML"),
         (["resume", place], "has done all its 2 epochs: give it more, such as -p epochs 4"),
         (["watch", str(tmp_path)], "no run lives at"),
         (["runs", str(tmp_path / "nowhere")], "there is no run in"),

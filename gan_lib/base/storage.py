@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import platform
@@ -51,7 +52,7 @@ def whole_folder(path: str) -> Iterator[Path]:
     """A new folder on this machine, empty inside the block, put in place at its end.
 
     If the block raises, nothing is left; what a killed writer leaves has a name beginning with a
-    dot.
+    dot, until the next one comes here.
 
     Raises:
         ParameterError: if the place is taken, cannot be written, or is on no disk.
@@ -62,13 +63,18 @@ def whole_folder(path: str) -> Iterator[Path]:
     if os.path.lexists(target):
         raise ParameterError(f"{target} is there already: name a new folder")
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+    for left in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 32}.part"):
+        with _only_user(left) as ours:
+            if ours:
+                shutil.rmtree(left, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
     except OSError as error:
         raise ParameterError(f"{target} cannot be written: {error.strerror}") from None
     try:
-        yield aside
-        os.rename(aside, target)
+        with _only_user(aside):
+            yield aside
+            os.rename(aside, target)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise ParameterError(f"{target} is there by now: name a new folder") from None
@@ -77,6 +83,24 @@ def whole_folder(path: str) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _only_user(folder: Path) -> Iterator[bool]:
+    """Whether nobody else is inside this block with this folder; a killed process no longer is."""
+    if fcntl is None:
+        yield False
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # taken, gone, or on a disk that knows no locks
+            only = False
+        else:
+            only = True
+        yield only
 
 
 class Folder:

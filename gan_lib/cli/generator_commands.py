@@ -14,8 +14,8 @@ from gan_lib.cli.arguments import add_example, add_run, read_epoch
 if TYPE_CHECKING:
     from gan_lib.results.run import Run
 
-# Of the animation, and how many images the grid shows at most.
-WIDTH, MOST_IN_GRID = 256, 400
+# Of the animation; how many images the grid shows at most, and are drawn in one call.
+WIDTH, MOST_IN_GRID, MOST_SEEDS = 256, 400, 1_000_000
 
 
 def add_generator(commands: Any) -> None:
@@ -56,7 +56,10 @@ def parse_seeds(text: str) -> list[int]:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
         if match is None or (match[2] and int(match[2]) < int(match[1])):
             raise ParameterError(f"seeds is {text!r}: write it as 0-99, or 3,7,10-12")
-        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+        named = range(int(match[1]), int(match[2] or match[1]) + 1)
+        if len(seeds) + len(named) > MOST_SEEDS:
+            raise ParameterError(f"seeds is {text!r}: that is more than {MOST_SEEDS:,} images")
+        seeds += named
     return list(dict.fromkeys(seeds))
 
 
@@ -85,8 +88,8 @@ def _generate(options: argparse.Namespace) -> int:
         from gan_lib.results.run import open_run
 
         run = open_run(options.run)
-        epoch = _epoch(run, options.epoch)
-        generator = run.generator(epoch)
+        state = run.checkpoint(_epoch(run, options.epoch))
+        epoch, generator = state["epoch"], run.generator_in(state)
         label = None if options.of is None else class_called(generator, options.of)
         shown: list[np.ndarray] = []
         with ProgressBar(len(seeds), "drawing", "image") as bar:
@@ -113,7 +116,6 @@ def _export(options: argparse.Namespace) -> int:
         from gan_lib.results.run import open_run
 
         run = open_run(options.run)
-        epoch = _epoch(run, options.epoch)
-        export_generator(run, epoch, folder)
+        epoch = export_generator(run, _epoch(run, options.epoch), folder)
     print(f"the generator of {run.url}, epoch {epoch}: {options.out} (begin with its README.md)")
     return 0

@@ -171,7 +171,7 @@ def series_values(
     refuse_unknown_names(overrides, own)
     # Where a run is only read, it is the run that was told a source.
     values = {k: v for k, v in profile.items() if k in own and (k != "source" or own[k])}
-    values |= {name: parse_value(text, own[name]) for name, text in overrides.items()}
+    values |= {name: parse_value(name, text, own[name]) for name, text in overrides.items()}
     return check_parameters(names, values, look)
 
 
@@ -207,12 +207,21 @@ def _defaults(names: Sequence[str]) -> dict[str, Any]:
     return together
 
 
-def parse_value(text: str, default: Any) -> Any:
-    """A value from the command line: text where text is wanted, otherwise YAML."""
+def parse_value(name: str, text: str, default: Any) -> Any:
+    """A parameter's value from the command line: text where text is wanted, otherwise YAML.
+
+    Raises:
+        ParameterError: if it is no YAML.
+    """
     if isinstance(default, str):
         return text
     if isinstance(default, float):
         # YAML reads 1e-4 as text.
         with contextlib.suppress(ValueError):
             return float(text)
-    return yaml.safe_load(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ParameterError(
+            f"{name} is {text!r}, which is no YAML: expected a value such as {default!r}"
+        ) from None

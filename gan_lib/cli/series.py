@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,6 +178,9 @@ def run_profiles(
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(out).resolve() if out else EXECUTED / stamp
     series = [_plan(names, profile, overrides, folder, stamp, core) for profile in told]
+    for url, n in Counter(one.run for one in series if one.run).items():
+        if n > 1:
+            raise ParameterError(f"{n} of the profiles name the run {url}: give each its own")
     make_folder(folder)
     places = {address: _places(address) for address in {one.address for one in series}}
     waiting, leave = list(series), threading.Event()
@@ -190,8 +194,11 @@ def run_profiles(
                 for one in [one for one in running if one.has_ended()]:
                     running.remove(one)
                     bar.note(f"{one.label}: {one.state}" + (f": {one.error}" if one.error else ""))
-                while waiting and _begins(waiting[0], running, places[waiting[0].address]):
-                    running.append(waiting.pop(0))
+                # One that waits for its scheduler's workers is in nobody's way here.
+                for one in list(waiting):
+                    if _begins(one, running, places[one.address]):
+                        waiting.remove(one)
+                        running.append(one)
                 done = sum(one.done for one in series)
                 text = ", ".join(f"{one.label} {one.notebook}".strip() for one in running)
                 if (done, text) != (bar.done, bar.text):

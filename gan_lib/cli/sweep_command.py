@@ -58,20 +58,22 @@ def _sweep(options: argparse.Namespace) -> int:
     if "run" in given:
         raise ParameterError(f"run is {given['run']!r}: the runs of a sweep lie below --out")
     grid = read_grid(options.sweep)
-    parameters, values = told(options.profile, given)
+    # The profile's number of workers is that of one run elsewhere: no cluster is asked for it.
+    parameters, values = told(options.profile, given, look=False)
     runs = list_runs(parameters, grid, options.zip, options.random)
     # Only now: a mistake should not have to wait for torch to be imported.
     from gan_lib.jobs.sweeping import check_sweep, sweep
 
     check_sweep(parameters, runs, options.out, options.ranks, options.stop_worst)
-    n_workers = values["n_workers"] and max(values["n_workers"], options.ranks)
-    with cluster_for(values["address"], n_workers, parameters.device) as client:
+    address, ranks = values["address"], options.ranks
+    n_workers = ranks if address else values["n_workers"] and max(values["n_workers"], ranks)
+    with cluster_for(address, n_workers, parameters.device) as client:
         done = sweep(
             client,
             parameters,
             grid,
             options.out,
-            options.ranks,
+            ranks,
             options.zip,
             options.random,
             options.retry_failed,
@@ -104,7 +106,7 @@ def read_grid(texts: list[str]) -> dict[str, list[Any]]:
         try:
             # Values may hold a comma themselves, and are then a YAML list.
             values = yaml.safe_load(after) if after.startswith("[") else after.split(",")
-            grid[name] = [profiles.parse_value(f"{value}", known[name]) for value in values]
+            grid[name] = [profiles.parse_value(name, f"{value}", known[name]) for value in values]
         except yaml.YAMLError:
             raise ParameterError(f"-s is {text!r}, which is no YAML list") from None
     return grid

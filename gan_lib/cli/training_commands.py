@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gan_lib.base.addresses import absolute
-from gan_lib.base.checks import refuse_unknown_names
+from gan_lib.base.checks import check_type, refuse_unknown_names
 from gan_lib.base.errors import RunError, UserError, describe
 from gan_lib.base.interrupts import interruptible
 from gan_lib.cli import profiles
@@ -82,13 +82,18 @@ def _train(options: argparse.Namespace) -> int:
         return follow(job, values["address"])
 
 
-def told(profile: str, given: dict[str, str]) -> tuple[TrainingParameters, dict[str, Any]]:
+def told(
+    profile: str, given: dict[str, str], look: bool = True
+) -> tuple[TrainingParameters, dict[str, Any]]:
     """What a profile, and texts that are stronger, say of a training; and all that they say.
+
+    Args:
+        profile, given, look: as in `profiles.training_values`.
 
     Raises:
         UserError: as `profiles.training_values`.
     """
-    values = profiles.training_values(profile, given)
+    values = profiles.training_values(profile, given, look)
     return TrainingParameters(**{n: values[n] for n in TrainingParameters.names()}), values
 
 
@@ -102,7 +107,10 @@ def _resume(options: argparse.Namespace) -> int:
     told = run.parameters.to_dict() | CLUSTER
     given = dict(options.parameter)
     refuse_unknown_names(given, told)
-    changes = {name: profiles.parse_value(text, told[name]) for name, text in given.items()}
+    changes = {
+        name: check_type(name, type(told[name]), profiles.parse_value(name, text, told[name]))
+        for name, text in given.items()
+    }
     address, n_workers = (changes.pop(name, CLUSTER[name]) for name in CLUSTER)
     parameters = run.parameters.replace(**changes)
     refuse_differences(run.url, run.parameters, parameters)
@@ -111,9 +119,11 @@ def _resume(options: argparse.Namespace) -> int:
             f"{run.url} has done all its {parameters.epochs} epochs: give it more, such as "
             f"-p epochs {2 * parameters.epochs}"
         )
-    here = n_workers or run.info().get("world_size", 0)
-    with cluster_for(address, n_workers if address else here, parameters.device) as client:
-        job = run.resume(client, n_workers or None, new_images=options.new_images, **changes)
+    before = run.info().get("world_size", 0)
+    with cluster_for(address, n_workers or (0 if address else before), parameters.device) as client:
+        # Of a cluster that is shared no more than it had; there may be fewer by now.
+        most = n_workers or min(before, len(client.nthreads())) or None
+        job = run.resume(client, most, new_images=options.new_images, **changes)
         return follow(job, address)
 
 

@@ -39,8 +39,8 @@ from gan_lib.jobs.launching import launch, require_shared_run
 from gan_lib.jobs.supervisor import SECONDS_FOR_WORKERS, worth_a_retry
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.grids import list_runs
-from gan_lib.results.sweep import LIST, Sweep, write_list
-from gan_lib.results.sweep_pictures import write_results
+from gan_lib.results.sweep import LIST, TABLE, Sweep, write_list
+from gan_lib.results.sweep_pictures import PAGE, PICTURE, write_results
 from gan_lib.results.writing import RunWriter, create_run, refuse_taken
 from gan_lib.sources.source import resolve_source
 
@@ -99,7 +99,7 @@ def sweep(
     wait_for_workers(client, ranks)
     ship_package(client)
     waiting = "another call is at work on this sweep: waiting for its end"
-    with Folder(out).locked(LOCK, waiting=waiting):
+    with Folder(out).locked(LOCK, LIST, TABLE, PICTURE, PAGE, waiting=waiting):
         listed = write_list(out, parameters, runs, ranks)
         require_shared_run(client, listed.url, LIST)
         try:
@@ -229,6 +229,8 @@ class _Sweeping:
         with contextlib.suppress(UserError, OSError):
             if self._sweep.run(name) is None:
                 create_run(self._sweep.run_url(name), self._sweep.told(name))
+            state, why = self._sweep.state(name)
+            if state not in ("training", "finished") and why != said:
                 RunWriter(self._sweep.run_url(name)).set_status("failed", error=said)
         return f"{name} cannot be trained: {said}"
 

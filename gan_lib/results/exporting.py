@@ -36,7 +36,7 @@ N_SAMPLES = 64
 OPSET, IR_VERSION = 17, 8
 
 
-def export_generator(run: Run, epoch: int | str, folder: Path) -> None:
+def export_generator(run: Run, epoch: int | str, folder: Path) -> int:
     """Write the generator of a run into a folder, see above.
 
     Args:
@@ -44,11 +44,16 @@ def export_generator(run: Run, epoch: int | str, folder: Path) -> None:
         epoch: as in `Run.checkpoint`.
         folder: empty.
 
+    Returns:
+        The number of that epoch.
+
     Raises:
         RunError: if there is no such checkpoint.
         ParameterError: if a package is missing, or a layer is one that cannot be written.
     """
-    generator = run.generator(epoch)
+    # Read once: a run that trains may have another newest one a moment later.
+    state = run.checkpoint(epoch)
+    generator = run.generator_in(state)
     try:
         from safetensors.torch import save
 
@@ -73,8 +78,8 @@ def export_generator(run: Run, epoch: int | str, folder: Path) -> None:
     (folder / "samples.png").write_bytes(png_bytes(image_grid(samples)))
     for name in SCRIPTS:
         (folder / name).write_bytes((TAKEAWAY / name).read_bytes())
-    card = model_card(run, run.checkpoint(epoch), generator)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(model_card(run, state, generator), encoding="utf-8")
+    return int(state["epoch"])
 
 
 def _config(generator: Generator) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from gan_lib.base.errors import RunError
 from gan_lib.base.progress import ProgressBar
 from gan_lib.base.storage import Folder
 from gan_lib.data.image_set import ImageSet
+from gan_lib.gan.drawing import generate_images
 from gan_lib.quality.features import (
     MOST_IMAGES,
     EfficientNetLite0,
@@ -41,11 +42,11 @@ def measure_run(
     lines = []
     with ProgressBar(len(chosen) * real.n, "measuring", "image", show=progress) as bar:
         for epoch in chosen:
-            pixels = run.generate(real.n, epoch, quality_seed(p.seed))
-            iteration = run.checkpoint(epoch)["iteration"]
+            state = run.checkpoint(epoch)
+            pixels = generate_images(run.generator_in(state), real.n, quality_seed(p.seed))
             found = features_of(pixels, network, bar)
             name = network_name(network)
-            line = quality_line(epoch, iteration, len(images), found, real, name)
+            line = quality_line(epoch, state["iteration"], len(images), found, real, name)
             bar.update(0, f"epoch {epoch}, KID {line['kid']:.4f}")
             # At once: what was measured is kept, if this is interrupted.
             keep_quality(Folder(run.url), [line])

@@ -187,12 +187,27 @@ class Run:
             raise RunError(f"{self.url} has no checkpoint of epoch {epoch}: it keeps {_join(kept)}")
         return checkpoints.read(Position(int(epoch)))
 
+    def epoch_called(self, epoch: int | str) -> int:
+        """The number of the epoch that is meant, as in `checkpoint`, without reading more of it.
+
+        Raises:
+            RunError: as `checkpoint`.
+        """
+        if epoch == "best":
+            return self.best_epoch()
+        if epoch == "latest" or epoch not in self.epochs("checkpoints"):
+            return int(self.checkpoint(epoch)["epoch"])
+        return int(epoch)
+
     def generator(self, epoch: int | str = "latest") -> Generator:
         """The generator as it was after an epoch, in eval mode on the CPU.
 
         It is the moving average, where the run kept one (`ema_images`).
         """
-        state = self.checkpoint(epoch)
+        return self.generator_in(self.checkpoint(epoch))
+
+    def generator_in(self, state: dict[str, Any]) -> Generator:
+        """The generator that a checkpoint of this run holds, as `generator` returns it."""
         with self._understanding("checkpoints"):
             generator = generator_of(self.parameters, state.get("classes"))
             generator.load_state_dict(state.get("average", state["generator"]))
@@ -237,7 +252,7 @@ class Run:
         # First what takes no time.
         if n is not None:
             require_range("images", n, 8, None)
-        chosen = None if epochs is None else [self.checkpoint(epoch)["epoch"] for epoch in epochs]
+        chosen = None if epochs is None else [self.epoch_called(epoch) for epoch in epochs]
         images = self.images(source) if images is None else images
         return measure_run(self, images, chosen, n, network, progress)
 
