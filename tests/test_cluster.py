@@ -7,13 +7,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from dask_pytorch_ddp import dispatch
 from distributed import Client
 from foreign import foreign_cluster
@@ -24,6 +27,7 @@ from gan_lib.cluster.shipping import package_checksum
 from gan_lib.cluster.starting import close_cluster, connect
 from gan_lib.cluster.starting import start_cluster as start
 from gan_lib.cluster.workers import Watch, find_places
+from gan_lib.jobs import rank_task
 from gan_lib.jobs.launching import launch, run_ranks
 from gan_lib.jobs.rank_group import pick_gpus
 from gan_lib.jobs.rank_task import RankTask, work_as_rank
@@ -81,10 +85,24 @@ def test_resume_on_two_ranks_is_bit_identical(
     assert rest[1].weights_sha256 == whole[0].weights_sha256
 
 
+def dispatched(client: Client, function: Callable[..., Any], **told: Any) -> list[Any]:
+    """The article's way, but not at its port, which any other process may have."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    submit = client.submit
+    moved = {"submit": lambda *a, master_port, **k: submit(*a, master_port=port, **k)}
+    with patch.multiple(client, **moved):
+        futures = dispatch.run(client, function, backend="gloo", pure=False, **told)
+    try:
+        # Nobody tells of a rank whose worker is gone: such a task waits for ever.
+        return [future.result(timeout=100) for future in futures]
+    finally:
+        client.cancel(futures)
+
+
 def test_dispatch_run_as_in_the_article(client: Client, tiny: TrainingParameters) -> None:
     parameters = tiny.to_dict()  # a dictionary of parameters can be passed to the job
-    futures = dispatch.run(client, train_gan, parameters=parameters, backend="gloo", pure=False)
-    first, second = client.gather(futures)
+    first, second = dispatched(client, train_gan, parameters=parameters)
     assert first.weights_sha256 == second.weights_sha256
     assert [r["iteration"] for r in first.records] == list(range(1, 13))
 
@@ -142,8 +160,7 @@ def test_no_port_stays_open_after_a_job(client: Client, tiny: TrainingParameters
     before = client.run(listening)
     for _ in range(2):
         # The article's way meets at a fixed port: the second job hangs if the first keeps it.
-        futures = dispatch.run(client, train_gan, parameters=tiny, backend="gloo", pure=False)
-        client.gather(futures)
+        dispatched(client, train_gan, parameters=tiny)
         run_ranks(client, train_gan, parameters=tiny)
     after = client.run(listening)
     assert all(ports <= before[worker] for worker, ports in after.items())
@@ -167,9 +184,45 @@ def test_a_rank_leaves_the_environment_as_it_was(client: Client) -> None:
     assert client.run(environment) == before
 
 
-def fails_on_rank_1() -> None:
-    import torch.distributed as dist
+def hang_while_meeting() -> None:
+    """On a worker: as gloo hangs, now and then, when another rank dies at the wrong moment."""
+    rank_task.SECONDS_TO_FAIL = 1
+    dist.init_process_group = lambda *_, **__: threading.Event().wait()
 
+
+def test_a_rank_that_nothing_wakes_is_ended_with_its_worker(own_client: Client) -> None:
+    worker = next(iter(own_client.nthreads()))
+    own_client.run(hang_while_meeting, workers=[worker])
+    before = {nanny.pid for nanny in own_client.cluster.workers.values()}
+    ((_, port),) = own_client.run(rank_task.listen, "127.0.0.1", workers=[worker]).items()
+    task = RankTask(0, 1, gpu=0, backend="gloo", host="127.0.0.1", port=port, attempt="job-0-1")
+    future = own_client.submit(work_as_rank, int, {}, task, workers=[worker], pure=False)
+    with pytest.raises(TimeoutError):
+        future.result(timeout=3)
+    future.cancel()
+    deadline = time.monotonic() + 60
+    while {nanny.pid for nanny in own_client.cluster.workers.values()} == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    # A worker that is a new one can be a rank.
+    own_client.wait_for_workers(2, timeout=60)
+    assert len(run_ranks(own_client, environment)) == 2
+
+
+def test_ranks_wait_for_the_last_one_no_longer_than_they_may(client: Client) -> None:
+    worker = next(iter(client.nthreads()))
+
+    def alone(port: int) -> str:
+        with patch.object(rank_task, "SECONDS_TO_MEET", 1):
+            task = RankTask(0, 2, gpu=0, backend="gloo", host="127.0.0.1", port=port)
+            return type(work_as_rank(int, {}, task).error).__name__
+
+    (port,) = client.run(rank_task.listen, "127.0.0.1", workers=[worker]).values()
+    future = client.submit(alone, port, workers=[worker], pure=False)
+    assert future.result(timeout=60) == "DistStoreError"
+
+
+def fails_on_rank_1() -> None:
     if dist.get_rank() == 1:
         raise ArithmeticError("the cause")
     dist.all_reduce(torch.ones(1))

@@ -88,7 +88,7 @@ def _upload(client: Client) -> None:
         with zipfile.ZipFile(archive, "w") as file:
             for path, content in _files().items():
                 file.writestr(f"gan_lib/{path}", content)
-        client.upload_file(archive)
+        ask(client, lambda: client.upload_file(archive))
 
 
 def _states(client: Client, workers: list[str] | None) -> dict[str, list[str] | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ from gan_lib.cluster.shipping import ship_package
 from gan_lib.cluster.workers import OwnCluster, in_thread, require_some_workers, wait_for_workers
 
 LOOPBACK = "127.0.0.1"
-SECONDS_TO_CONNECT = 5
+SECONDS_TO_CONNECT, SECONDS_TO_CLOSE = 5, 60
 # What has to end before a client is closed: the jobs that run on its cluster, say.
 BEFORE_CLOSING: list[Callable[[Client], None]] = []
 
@@ -109,11 +110,12 @@ def connect(
     try:
         # Dask waits for ever for what listens and is no scheduler, such as a dashboard: then
         # nobody should get that client by default, either.
-        client = in_thread(
+        joining = in_thread(
             lambda: _Joining(
                 target, timeout=SECONDS_TO_CONNECT, security=security, set_as_default=False
             )
-        ).result(2 * SECONDS_TO_CONNECT)
+        )
+        client = joining.result(2 * SECONDS_TO_CONNECT)
     except TypeError as error:
         if "ssl_context" not in str(error):
             raise
@@ -123,6 +125,8 @@ def connect(
             "tls_client_key=...)), or set distributed.comm.tls in Dask's configuration"
         ) from None
     except (OSError, TimeoutError, ValueError, RuntimeError) as error:
+        # Should it come after all, nobody holds it.
+        joining.add_done_callback(lambda late: late.exception() or late.result().close())
         raise ClusterError(
             f"no Dask scheduler answers at {shown} ({describe(error)}): check the address that "
             "`dask scheduler` printed (tls:// where it encrypts), the certificates, and that this "
@@ -185,7 +189,9 @@ def close_cluster(client: Client) -> None:
     cluster = client.cluster
     client.close()
     if isinstance(cluster, OwnCluster):
-        cluster.close()
+        # What takes longer ends with this process.
+        with contextlib.suppress(TimeoutError):
+            cluster.close(timeout=SECONDS_TO_CLOSE)
 
 
 def _link_dashboard() -> None:

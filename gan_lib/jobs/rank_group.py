@@ -37,7 +37,7 @@ from gan_lib.jobs.rank_task import (
     work_as_rank,
 )
 
-# How long a value may take that a rank has brought back.
+# How long a value may take that a rank has brought back, at first; then twice as long each time.
 SECONDS_FOR_A_VALUE = 5
 
 
@@ -93,6 +93,7 @@ class RankGroup:
         self._error: BaseException | None = None
         # What the ranks that have ended brought back, by rank.
         self._values: dict[int, Any] = {}
+        self._patience = dict.fromkeys(range(len(futures)), SECONDS_FOR_A_VALUE)
         self._watch = watch or Watch(client)
         self._hanging: set[str] = set()
 
@@ -161,8 +162,10 @@ class RankGroup:
                 continue
             if status == "finished":
                 # The value lies on a worker, which may hang by now.
-                with contextlib.suppress(TimeoutError):
-                    self._values[rank] = future.result(timeout=SECONDS_FOR_A_VALUE)
+                try:
+                    self._values[rank] = future.result(timeout=self._patience[rank])
+                except TimeoutError:
+                    self._patience[rank] *= 2
             else:
                 # Dask's own failure: the task never ran, or was cancelled.
                 error = future.exception() if status == "error" else CancelledError()

@@ -117,8 +117,12 @@ def work_as_rank(function: Callable[..., Any], arguments: dict[str, Any], task: 
         )
     worker = get_worker()
     told = {"LOCAL_RANK": str(task.gpu), ATTEMPT_VARIABLE: task.attempt, **dask_network(worker)}
-    store = None
-    with _retiring_on_sigterm(worker), _leaving_when_unwanted(worker), patch.dict(os.environ, told):
+    store, met = None, threading.Event()
+    with (
+        _retiring_on_sigterm(worker),
+        _leaving_when_unwanted(worker, met),
+        patch.dict(os.environ, told),
+    ):
         try:
             store = meet(task)
             dist.init_process_group(
@@ -128,6 +132,7 @@ def work_as_rank(function: Callable[..., Any], arguments: dict[str, Any], task: 
                 world_size=task.world_size,
                 timeout=datetime.timedelta(seconds=SECONDS_FOR_A_COLLECTIVE),
             )
+            met.set()
             return function(**arguments)
         except Exception as error:
             # While this rank holds its connections, no other rank has noticed: so the order in
@@ -143,11 +148,15 @@ def work_as_rank(function: Callable[..., Any], arguments: dict[str, Any], task: 
 def meet(task: RankTask) -> TCPStore:
     """The store through which the ranks find each other; it is served by rank 0.
 
+    Returns when all of them have come to it: what follows, in which each rank connects with each
+    other one, waits much longer for one that does not come.
+
     Raises:
         ConnectionError: if rank 0 is gone: it has listened before any rank was started.
-        DistError, TimeoutError: if it cannot be reached for `SECONDS_TO_MEET`, or nobody waits
-            any more for this rank (see `_leaving_when_unwanted`, which ends also the silence of
-            one that has accepted a connection).
+        DistError, TimeoutError: if it cannot be reached for `SECONDS_TO_MEET`, another rank has
+            not come in that time, or nobody waits any more for this one (see
+            `_leaving_when_unwanted`, which ends also the silence of one that has accepted a
+            connection).
     """
     is_first = task.rank == 0
     listener = _LISTENERS.pop(task.port, None) if is_first else None
@@ -170,12 +179,17 @@ def meet(task: RankTask) -> TCPStore:
                 raise
         else:
             store.set_timeout(datetime.timedelta(seconds=SECONDS_TO_MEET))
+            if store.add("here", 1) == task.world_size:
+                store.set("all are here", "")
+            store.wait(["all are here"])
             return store
 
 
 @contextlib.contextmanager
-def _leaving_when_unwanted(worker: Worker) -> Iterator[None]:
+def _leaving_when_unwanted(worker: Worker, met: threading.Event) -> Iterator[None]:
     """Inside, a rank is made to end when its task is cancelled, or its worker is to end.
+
+    `met` says that it has been connected with the others.
 
     Dask cancels the task when its client ends or is lost, and a job does when one of its ranks
     is lost. A worker is to end when its lifetime is over, or somebody retires or closes it. The
@@ -204,6 +218,10 @@ def _leaving_when_unwanted(worker: Worker) -> Iterator[None]:
             if (c.laddr, c.raddr) not in before and c.raddr:
                 with contextlib.suppress(OSError), socket.socket(fileno=os.dup(c.fd)) as sock:
                     sock.shutdown(socket.SHUT_RDWR)
+        if not ended.wait(SECONDS_TO_FAIL) and not met.is_set():
+            # gloo waits for ever for a rank that has died while they connected, and hears of
+            # nothing: Dask would take this worker for a free one. A nanny starts it anew.
+            os.kill(os.getpid(), signal.SIGKILL)
 
     LEAVE.clear()
     RETIRE.clear()
