@@ -18,6 +18,7 @@ os.environ["GAN_LIB_HEADLESS"] = "1"
 
 import torch
 from distributed import Client
+from step import machine
 
 from gan_lib.cluster.starting import close_cluster, start_cluster
 from gan_lib.jobs.launching import run_ranks
@@ -55,6 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     repeats = options.repeats
     torch.set_num_threads(2)
+    print(f"{machine(torch.device('cpu'))}, float32", flush=True)
     client = start_cluster(2, device="cpu")
     try:
         for name, parameters in SETTINGS.items():

@@ -5,11 +5,12 @@ r"""What do more ranks bring, and what would a thousand?
     python benchmarks/scaling.py --links 50 200 800
 
 The first measures: the same batch over more ranks (strong scaling), and as many images for each
-rank (weak scaling), and what the ranks would take to exchange their gradients if they did nothing
-else meanwhile. The second computes what 2 to 1,000 ranks would do, from the steps of one
-rank and the rate of an all-reduce, measured between the workers or given. The third checks that:
-2 and 4 ranks on hosts that are network namespaces of this machine, each of which sends so many
-Mbit/s at most (root only): predicted first, then measured.
+rank (weak scaling); what the ranks would take to exchange their gradients if they did nothing
+else meanwhile; and what part of a step they wait for each other, or for Python, as torch's profiler
+sees it (which itself slows them). The second computes what 2 to 1,000 ranks would do, from the
+steps of one rank and the rate of an all-reduce, measured between the workers or given. The third
+checks that: 2 and 4 ranks on hosts that are network namespaces of this machine, each of which sends
+so many Mbit/s at most (root only): predicted first, then measured.
 
 The model: a rank's step takes a constant and a time for each image; all ranks that share a core
 take turns. An exchange of b bytes over n ranks takes 2 (n - 1) / n * b / rate, as in a ring
@@ -25,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 os.environ |= {"GAN_LIB_HEADLESS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -34,7 +36,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from distributed import Client
+from step import machine
 
+from gan_lib.base.errors import ParameterError, UserError, describe
 from gan_lib.base.memory import keep_freed_memory
 from gan_lib.cluster.starting import close_cluster, connect, start_cluster
 from gan_lib.data.batches import Batches
@@ -42,8 +46,10 @@ from gan_lib.data.image_set import ImageSet
 from gan_lib.jobs.launching import run_ranks
 from gan_lib.parameters import TrainingParameters
 from gan_lib.practice.hosts import INTERFACE, Hosts, hosts
+from gan_lib.results.timeline import Span, seconds_by_kind
 from gan_lib.training.networks import Training
 from gan_lib.training.ranks import Ranks, pick_device
+from gan_lib.training.tracing import trace_step
 
 DOGS = 20_580  # images of an epoch of Stanford Dogs
 RANKS = (2, 10, 100, 1000)
@@ -136,6 +142,7 @@ def measure(p: TrainingParameters, client: Client, ranks: list[int], picture: st
     rates: dict[str, list[float]] = {"strong": [], "weak": []}
     labels = {"strong": "one batch, shared", "weak": "a batch for each rank"}
     columns = "scaling", "ranks", "batch", "images/s", "efficiency", "ms a step", "to exchange"
+    columns += ("waiting", "Python")
     print_row(*columns)
     print_row(*["---"] * len(columns))
     for kind, found in rates.items():
@@ -147,8 +154,11 @@ def measure(p: TrainingParameters, client: Client, ranks: list[int], picture: st
             found.append(batch / seconds)
             efficiency = found[-1] / found[0] * ranks[0] / n
             exchanging = max(exchange_seconds(n, s["bytes"], s["rate"]) for s in steps)
+            traces = run_ranks(client, trace_step, n, device=p.device, parameters=told)
+            parts = [part_of_step(spans, "waiting", "Python") for spans in traces]
             figures = f"{found[-1]:,.0f}", f"{efficiency:.2f}", f"{1e3 * seconds:.1f}"
-            print_row(kind, str(n), str(batch), *figures, f"{1e3 * exchanging:.1f}")
+            shares = (f"{100 * statistics.mean(part):.0f} %" for part in zip(*parts, strict=True))
+            print_row(kind, str(n), str(batch), *figures, f"{1e3 * exchanging:.1f}", *shares)
     if picture:
         figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
         for kind, found in rates.items():
@@ -162,12 +172,21 @@ def measure(p: TrainingParameters, client: Client, ranks: list[int], picture: st
         print(picture)
 
 
+def part_of_step(spans: Sequence[Span], *kinds: str) -> list[float]:
+    """What part of one rank's step it spends on each of these."""
+    seconds = seconds_by_kind(spans)
+    whole = sum(seconds.values()) - seconds["exchange"]
+    return [seconds[kind] / whole for kind in kinds]
+
+
 def predict(p: TrainingParameters, client: Client, gbit: list[float]) -> None:
     """Print what 2 to 1,000 ranks would do, each with a core or a GPU like that of the first."""
     model = model_of(p, client)
     rates = {f"{g:g} Gbit/s": g * 1e9 / 8 for g in gbit}
     if not rates:
         n = len(client.nthreads())
+        if n == 1:
+            raise ParameterError("one worker has no link to measure: start more, or give --gbit")
         told = run_ranks(client, seconds_per_step, n, device=p.device, p=p)
         rate = min(t["rate"] for t in told)
         rates = {f"measured, {rate * 8e-9:.1f} Gbit/s": rate}
@@ -262,11 +281,16 @@ def main() -> None:
         device=told.device, precision=told.precision, exchange=told.exchange,
     )  # fmt: skip
     if told.as_rank:
-        as_rank(p, *told.as_rank)
-    elif told.links:
-        check(p, told.links)
-    else:
-        client = connect(told.address) if told.address else start_cluster(max(told.ranks))
+        sys.exit(as_rank(p, *told.as_rank))
+    print(f"{machine(pick_device(p.device))}, {p.precision}", flush=True)
+    try:
+        if told.links:
+            sys.exit(check(p, told.links))
+        client = (
+            connect(told.address, max(told.ranks))
+            if told.address
+            else start_cluster(max(told.ranks), told.device)
+        )
         try:
             if told.predict:
                 predict(p, client, told.gbit)
@@ -274,6 +298,8 @@ def main() -> None:
                 measure(p, client, told.ranks, told.picture)
         finally:
             close_cluster(client)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {describe(error)}")
 
 
 if __name__ == "__main__":
