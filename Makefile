@@ -23,6 +23,15 @@ LOCK := $(VENV)/$(or $(TORCH),all).lock
 WITHOUT := $(if $(TORCH),^(torch|torchvision|triton|nvidia-.*|cuda-.*)==,^$$)
 CPU_TORCH := --no-deps -r constraints.txt $(or $(FROM),--index-url https://download.pytorch.org/whl/cpu)
 
+# What pip says, as a bar in a terminal and as nothing elsewhere; if pip fails, so does the line.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+BAR = { n=$$(grep -c '^[a-z]' $(LOCK)); i=0; while read -r word name rest; do \
+  if [ "$$word" = Collecting ] || [ "$$word" = Processing ]; then name="$${name\#\#*/}"; i=$$((i + 1)); \
+  if [ -t 2 ]; then printf '\r%d/%d %s\033[K' $$i $$n "$${name%%[=-]*}" >&2; fi; fi; done; \
+  if [ -t 2 ]; then printf '\r\033[K' >&2; fi; }
+PIP = PYTHONUNBUFFERED=1 $(PY) -m pip --disable-pip-version-check --no-color
+
 .DEFAULT_GOAL := help
 .PHONY: help tutorial wheelhouse lab test test-all gpu lint format lock clean
 
@@ -34,8 +43,8 @@ tutorial: $(READY)  ## run the five notebooks; PROFILE=name or a YAML file, defa
 
 wheelhouse: $(READY)  ## write what installs without a network to wheelhouse/; TORCH=cpu: 4 GB less
 	@echo "downloading what is in requirements.lock to wheelhouse/: $(if $(TORCH),1,4) GB"
-	@$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes -r $(LOCK) -d wheelhouse
-	@$(if $(TORCH),$(PY) -m pip download --quiet --disable-pip-version-check $(CPU_TORCH) -d wheelhouse)
+	@$(PIP) download --no-deps --require-hashes -r $(LOCK) -d wheelhouse | $(BAR)
+	@$(if $(TORCH),$(PIP) download $(CPU_TORCH) -d wheelhouse | $(BAR))
 	@echo "take this folder along, and there: make tutorial WHEELHOUSE=wheelhouse$(if $(TORCH), TORCH=$(TORCH))"
 
 # No questions at the start, and the table of contents beside the first notebook: .jupyter says so.
@@ -75,8 +84,8 @@ $(READY): requirements.lock pyproject.toml
 	@echo "installing torch and what else is in requirements.lock into $(VENV): $(if $(TORCH),2,6) GB, 2 to 5 minutes"
 	@$(PYTHON) -m venv $(VENV)
 	@awk '/^[a-z]/ { left_out = /$(WITHOUT)/ } !left_out' requirements.lock > $(LOCK)
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes $(FROM) -r $(LOCK)
-	@$(if $(TORCH),$(PY) -m pip install --quiet --disable-pip-version-check --no-compile $(CPU_TORCH))
+	@$(PIP) install --no-deps --no-compile --require-hashes $(FROM) -r $(LOCK) | $(BAR)
+	@$(if $(TORCH),$(PIP) install --no-compile $(CPU_TORCH) | $(BAR))
 	@$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
 # Python compiles what is imported, here and not in every process of the first run.
 	@PYTHONDONTWRITEBYTECODE= $(PY) -c "import gan_lib.jobs.launching, gan_lib.cli.notebooks, ipykernel.kernelapp, s3fs, tensorboard.summary.writer.record_writer, torch.utils.data, dask_pytorch_ddp.dispatch, distributed.nanny"

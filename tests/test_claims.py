@@ -38,6 +38,16 @@ def test_the_failures_of_notebook_03_are_failures(tmp_path: Path) -> None:
     assert row(said, "discriminator x 10")[1] < variety / 2
     assert row(said, "discriminator / 100")[1] < 0.15
     assert row(said, "the generator alone")[1] < 0.75 * row(said, "both learn")[1]
+    first, last = map(
+        float, re.search(r"loss_g: ([\d.]+) at first, ([\d.]+) in the end", said).groups()
+    )
+    assert last < 0.1 * first
+    # In the step of the spike, the fourth of seven, images of both kinds are rejected.
+    spike = re.search(
+        r"real  generated  loss_d_real  loss_d_fake\s+iteration\s+(?:.+\n){3}\d+ +(.+)", said
+    )
+    scores = [float(number) for number in spike[1].split()[:2]]
+    assert max(scores) < -1.5
     assert row(said, "the generator alone")[0] > 2 * row(said, "both learn")[0]
     # Against label 0.5 the generator's loss is lower, and the discriminator as sure as ever.
     loss, generated, real, rejected = row(said, "real_label = 0.5")
