@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     After Ctrl-C it is 130, after SIGTERM 143.
     """
     parser = argparse.ArgumentParser(prog="python -m gan_lib", description=__doc__)
+    add_example(parser, "train --help")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the series, or some of its notebooks")
     run.add_argument("notebooks", nargs="*", help="such as 04 or 05_results; none means all")

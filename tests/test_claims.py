@@ -48,7 +48,7 @@ def test_the_failures_of_notebook_03_are_failures(tmp_path: Path) -> None:
     )
     scores = [float(number) for number in spike[1].split()[:2]]
     assert max(scores) < -1.5
-    assert row(said, "the generator alone")[0] > 2 * row(said, "both learn")[0]
+    assert row(said, "the generator alone")[0] > 1.5 * row(said, "both learn")[0]
     # Against label 0.5 the generator's loss is lower, and the discriminator as sure as ever.
     loss, generated, real, rejected = row(said, "real_label = 0.5")
     loss_1, generated_1, real_1, rejected_1 = row(said, "real_label = 1.0")

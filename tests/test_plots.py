@@ -218,5 +218,8 @@ def test_bars_that_differ_hundredfold_are_all_seen() -> None:
     assert far.get_yscale() == "log"
     assert far.get_ylim()[0] == 1
     assert "logarithmic" in far.get_ylabel()
+    ideal = plots.plot_bars({"1": 10, "2": 15}, "speed", "images/s", {"2": 20}).axes[0]
+    assert ideal.get_ylim()[1] > 20
+    assert ideal.get_legend_handles_labels()[1] == ["ideal"]
     nothing = plots.plot_bars({"a": 0, "b": 518}, "how often", "images").axes[0]
     assert nothing.get_yscale() == "linear"
