@@ -8,11 +8,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import nbformat
 import pytest
+from ipykernel.ipkernel import IPythonKernel
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from playwright.sync_api import Page, sync_playwright
@@ -26,6 +29,7 @@ from gan_lib.cli.profiles import (
     series_values,
 )
 from gan_lib.parameters import TrainingParameters
+from gan_lib.results.run import open_run
 from gan_lib.training.rank import train_gan
 
 NAMES = notebook_names()
@@ -36,9 +40,14 @@ MINUTES = 60_000
 
 
 @pytest.fixture(scope="module")
-def lab(tiny: TrainingParameters, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where JupyterLab finds its notebooks."""
+    return tmp_path_factory.mktemp("lab")
+
+
+@pytest.fixture(scope="module")
+def lab(tiny: TrainingParameters, folder: Path) -> Iterator[str]:
     """A JupyterLab over notebooks that were told the tiny profile; its address."""
-    folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(CHECKOUT / "docs", folder / "docs")
     (folder / "notebooks").mkdir()
     shutil.copy(FOLDER / "plain_ddp.py", folder / "notebooks")
@@ -48,7 +57,15 @@ def lab(tiny: TrainingParameters, tmp_path_factory: pytest.TempPathFactory) -> I
         notebook = load_notebook_node(str(FOLDER / f"{name}.ipynb"))
         mine = {k: v for k, v in told.items() if k in notebook_parameters(name)}
         notebook = parameterize_notebook(notebook, mine)
+        # Else JupyterLab writes into each notebook which Python has opened it.
+        notebook.metadata["language_info"] = IPythonKernel.language_info
         nbformat.write(notebook, folder / "notebooks" / f"{name}.ipynb")
+    cell = nbformat.v4.new_code_cell(
+        f"from gan_lib.results import open_run\nopen_run({str(folder / 'endless')!r}).watch()"
+    )
+    metadata = {"kernelspec": notebook.metadata["kernelspec"]}
+    watching = nbformat.v4.new_notebook(cells=[cell], metadata=metadata)
+    nbformat.write(watching, folder / "notebooks" / "watching.ipynb")
     settings = folder / "settings"
     settings.mkdir()
     shutil.copy(CHECKOUT / ".jupyter" / "overrides.json", settings)
@@ -96,7 +113,9 @@ def page(lab: str) -> Iterator[Page]:
 
 def open_notebook(page: Page, lab: str, name: str) -> None:
     page.goto(f"{lab}/lab/workspaces/series/tree/notebooks/{name}.ipynb")
-    page.wait_for_function(f"window.jupyterapp && {NOTEBOOK}?.content?.widgets")
+    # The workspace may show another first, which was open before.
+    shown = f"{NOTEBOOK}?.content?.widgets && {NOTEBOOK}.title.label === '{name}.ipynb'"
+    page.wait_for_function(f"window.jupyterapp && {shown}")
     page.wait_for_function(f"{NOTEBOOK}.sessionContext.session?.kernel?.status === 'idle'")
 
 
@@ -114,9 +133,12 @@ def test_a_notebook_opens_without_a_question(name: str, lab: str, page: Page) ->
     page.locator(".jp-TableOfContents").wait_for()
     assert page.locator(".jp-Dialog, .jp-Notification-Toast").count() == 0
     assert page.evaluate(f"{NOTEBOOK}.sessionContext.kernelDisplayName") == "Python 3 (ipykernel)"
+    assert not page.evaluate(f"{NOTEBOOK}.context.model.dirty")  # nothing is to be saved
     # Answers are hidden, and open with a click.
     scroll_to(page, "## Three questions")
-    question = page.locator("details", has_text="1.").first
+    # Others stay open in tabs behind it.
+    shown = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)")
+    question = shown.locator("details", has_text="1.").first
     answer = question.locator("p").first
     assert not answer.is_visible()
     question.locator("summary").click()
@@ -145,3 +167,37 @@ def test_a_notebook_runs_to_its_end_and_its_sliders_move(lab: str, page: Page) -
             "before => ![...document.images].some(image => image.src === before)", arg=before
         )
         assert slider.locator("img").count() == 1  # in the place of the other, not below it
+
+
+@pytest.mark.long
+def test_a_live_picture_is_redrawn_in_its_place(
+    lab: str, page: Page, folder: Path, tiny: TrainingParameters
+) -> None:
+    endless = str(folder / "endless")
+    told = {"parameters": tiny.replace(epochs=1_000_000), "run": endless, "progress": False}
+    training = threading.Thread(target=train_gan, kwargs=told)
+    training.start()
+    try:
+        while not (folder / "endless" / "parameters.json").exists():
+            time.sleep(0.1)
+        open_notebook(page, lab, "watching")
+        page.evaluate("void jupyterapp.commands.execute('runmenu:run-all')")
+        pictures = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-OutputArea img")
+        seen = set()
+        for _ in range(3):
+            pictures.first.wait_for()
+            seen.add(pictures.first.get_attribute("src"))
+            page.wait_for_function(
+                "seen => ![...document.images].some(image => seen.includes(image.src))",
+                arg=list(seen),
+            )
+            pictures.first.wait_for()
+            assert pictures.count() == 1
+        assert len(seen) == 3
+    finally:
+        open_run(endless).stop(now=True)
+        training.join()
+    page.wait_for_function(f"{CELLS}.every(cell => cell.execution_count)")
+    assert pictures.count() == 1
+    assert not [o for cell in page.evaluate(CELLS) for o in cell["outputs"]
+                if o["output_type"] == "error"]  # fmt: skip
