@@ -49,9 +49,9 @@ def dogs(url: str, article: str) -> None:
     run, other = open_run(url), open_run(article)
     wall = run.generate(ROWS * COLUMNS, "best", seed=2)
     equal = max(set(run.checkpoints()) & set(other.checkpoints()))
-    both = [one.generate(3 * COLUMNS, equal, seed=2) for one in (run, other)]
+    both = [one.generate(3 * COLUMNS, equal, seed=3) for one in (run, other)]
     for name, images in (("dogs", wall), ("dogs_and_article", np.concatenate(both))):
-        grid = image_grid(images, COLUMNS)
+        grid = image_grid(images, COLUMNS, gap=1)
         (HERE / f"{name}.png").write_bytes(png_bytes(grid.repeat(2, axis=0).repeat(2, axis=1)))
     plot_quality(run).savefig(HERE / "quality.png", dpi=70)
 
