@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from gan_lib.gan.drawing import in_parts, latent_vectors, random_labels
 from gan_lib.gan.models import Generator
 
-# Images that BatchNorm's statistics are found from.
-IMAGES = 2048
+# Images that BatchNorm's statistics are found from. With 2,048 KID is the same within its spread
+# (0.573 and 0.569), and where an epoch is short, that took a quarter of the time.
+IMAGES = 256
 
 
 class MovingAverage:
