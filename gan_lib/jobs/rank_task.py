@@ -218,9 +218,10 @@ def _leaving_when_unwanted(worker: Worker, met: threading.Event) -> Iterator[Non
             if (c.laddr, c.raddr) not in before and c.raddr:
                 with contextlib.suppress(OSError), socket.socket(fileno=os.dup(c.fd)) as sock:
                     sock.shutdown(socket.SHUT_RDWR)
-        if not ended.wait(SECONDS_TO_FAIL) and not met.is_set():
+        if not ended.wait(SECONDS_TO_FAIL) and not met.is_set() and worker.nanny is not None:
             # gloo waits for ever for a rank that has died while they connected, and hears of
-            # nothing: Dask would take this worker for a free one. A nanny starts it anew.
+            # nothing: Dask would take this worker for a free one. Its nanny starts it anew;
+            # without one this may be somebody's notebook.
             os.kill(os.getpid(), signal.SIGKILL)
 
     LEAVE.clear()

@@ -188,7 +188,7 @@ class Run:
         return checkpoints.read(Position(int(epoch)))
 
     def epoch_called(self, epoch: int | str) -> int:
-        """The number of the epoch that is meant, as in `checkpoint`, without reading more of it.
+        """The number of the epoch that is meant, as in `checkpoint`; read only for the latest.
 
         Raises:
             RunError: as `checkpoint`.
