@@ -190,6 +190,7 @@ def hang_while_meeting() -> None:
     dist.init_process_group = lambda *_, **__: threading.Event().wait()
 
 
+@pytest.mark.long
 def test_a_rank_that_nothing_wakes_is_ended_with_its_worker(own_client: Client) -> None:
     worker = next(iter(own_client.nthreads()))
     own_client.run(hang_while_meeting, workers=[worker])

@@ -187,18 +187,6 @@ class Run:
             raise RunError(f"{self.url} has no checkpoint of epoch {epoch}: it keeps {_join(kept)}")
         return checkpoints.read(Position(int(epoch)))
 
-    def epoch_called(self, epoch: int | str) -> int:
-        """The number of the epoch that is meant, as in `checkpoint`; read only for the latest.
-
-        Raises:
-            RunError: as `checkpoint`.
-        """
-        if epoch == "best":
-            return self.best_epoch()
-        if epoch == "latest" or epoch not in self.epochs("checkpoints"):
-            return int(self.checkpoint(epoch)["epoch"])
-        return int(epoch)
-
     def generator(self, epoch: int | str = "latest") -> Generator:
         """The generator as it was after an epoch, in eval mode on the CPU.
 
@@ -252,7 +240,7 @@ class Run:
         # First what takes no time.
         if n is not None:
             require_range("images", n, 8, None)
-        chosen = None if epochs is None else [self.epoch_called(epoch) for epoch in epochs]
+        chosen = None if epochs is None else [self.checkpoint(epoch)["epoch"] for epoch in epochs]
         images = self.images(source) if images is None else images
         return measure_run(self, images, chosen, n, network, progress)
 
