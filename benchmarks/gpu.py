@@ -69,7 +69,7 @@ def install(wheels: str) -> None:
     names = sorted(str(w) for w in Path(wheels).glob("*.whl") if not w.name.startswith(KEPT))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
     if not names or subprocess.run([*pip, *names]).returncode:
-        sys.exit(f"the wheels of {wheels or 'no folder'} were not installed: fill it with --fetch")
+        sys.exit(f"the wheels of {wheels} were not installed: fill that folder with --fetch")
 
 
 def fetch(folder: str, python: str) -> None:

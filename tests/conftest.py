@@ -44,10 +44,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if "gpu" in item.keywords:
                 item.add_marker(no_gpu)
     # The machine that `make gpu` is for may lack the package.
-    limited = config.pluginmanager.hasplugin("timeout")
-    for item in items:
-        if limited and "long" in item.keywords:
-            item.add_marker(pytest.mark.timeout(1200))
+    if config.pluginmanager.hasplugin("timeout"):
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(pytest.mark.timeout(1200))
     if not config.getoption("--long"):
         skip = pytest.mark.skip(reason="takes minutes: make test-all")
         for item in items:

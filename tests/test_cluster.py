@@ -90,8 +90,11 @@ def dispatched(client: Client, function: Callable[..., Any], **told: Any) -> lis
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     submit = client.submit
-    moved = {"submit": lambda *a, master_port, **k: submit(*a, master_port=port, **k)}
-    with patch.multiple(client, **moved):
+
+    def elsewhere(*given: Any, master_port: int, **named: Any) -> Any:
+        return submit(*given, master_port=port, **named)
+
+    with patch.object(client, "submit", elsewhere):
         futures = dispatch.run(client, function, backend="gloo", pure=False, **told)
     try:
         # Nobody tells of a rank whose worker is gone: such a task waits for ever.
@@ -195,7 +198,7 @@ def test_a_rank_that_nothing_wakes_is_ended_with_its_worker(own_client: Client) 
     worker = next(iter(own_client.nthreads()))
     own_client.run(hang_while_meeting, workers=[worker])
     before = {nanny.pid for nanny in own_client.cluster.workers.values()}
-    ((_, port),) = own_client.run(rank_task.listen, "127.0.0.1", workers=[worker]).items()
+    (port,) = own_client.run(rank_task.listen, "127.0.0.1", workers=[worker]).values()
     task = RankTask(0, 1, gpu=0, backend="gloo", host="127.0.0.1", port=port, attempt="job-0-1")
     future = own_client.submit(work_as_rank, int, {}, task, workers=[worker], pure=False)
     with pytest.raises(TimeoutError):

@@ -18,8 +18,8 @@ import fsspec
 import psutil
 import pytest
 from distributed import Client, Worker
+from folders import add_greys
 from foreign import foreign_cluster, started
-from PIL import Image
 
 from gan_lib.base.errors import RunError, WorkerLostError
 from gan_lib.base.storage import Folder
@@ -365,9 +365,7 @@ def test_a_job_goes_on_with_the_images_with_which_it_began(
     own_client: Client, steady: TrainingParameters, tmp_path: Path
 ) -> None:
     source = tmp_path / "images"
-    source.mkdir()
-    for n in range(320):
-        Image.new("L", (16, 16), n % 256).save(source / f"{n:03d}.png")
+    add_greys(source, range(320))
     told = steady.replace(source=str(source), max_images=0)
     job = launch(own_client, told, run=str(tmp_path / "run"))
     wait_until(lambda: trains(job), "training", job)

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from distributed import Client
-from PIL import Image
+from folders import add_greys
 
 from gan_lib.base import storage
 from gan_lib.base.errors import ParameterError, RunError, SourceError
@@ -151,13 +151,11 @@ def test_why_a_run_cannot_go_on_is_kept(
     client: Client, tiny: TrainingParameters, tmp_path: Path
 ) -> None:
     images = tmp_path / "images"
-    images.mkdir()
-    for n in range(4):
-        Image.new("L", (16, 16), n).save(images / f"{n}.png")
+    add_greys(images, range(4))
     out, p = tmp_path / "sweep", tiny.replace(source=str(images), batch_size=4, epochs=2)
     train_gan(p.replace(epochs=1), run=str(out / "seed=0"), progress=False)
     RunWriter(str(out / "seed=0")).set_status("stopped")
-    Image.new("L", (16, 16), 9).save(images / "9.png")
+    add_greys(images, [9])
     # What a killed call has left is put away by the next.
     (out / f"sweep.csv.{storage._MACHINE}.{'0' * 32}.part").touch()
     table = sweep(client, p, {"seed": [0, 1]}, str(out)).table()

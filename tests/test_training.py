@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import Client
+from folders import add_greys
 from gradients import gradients
-from PIL import Image
 from torch import nn
 
 from gan_lib.base.errors import DivergenceError, ParameterError, RunError
@@ -313,16 +313,10 @@ def test_resuming_to_an_end_that_is_past_is_refused(
 
 def test_resuming_with_other_images_is_refused(tmp_path: Path, tiny: TrainingParameters) -> None:
     source, place = tmp_path / "images", str(tmp_path / "run")
-    source.mkdir()
-
-    def add_images(numbers: range) -> None:
-        for n in numbers:
-            Image.new("L", (20, 20), n).save(source / f"{n:02d}.png")
-
-    add_images(range(20))
+    add_greys(source, range(20))
     told = tiny.replace(source=str(source), max_images=0, batch_size=10)
     train_gan(told, run=place)
-    add_images(range(20, 22))
+    add_greys(source, range(20, 22))
     before = {path: path.read_bytes() for path in Path(place).rglob("*") if path.is_file()}
     with pytest.raises(RunError, match=r"on 20 images, and the 22 .*new_images=True"):
         train_gan(told.replace(epochs=5), run=place, resume=True)

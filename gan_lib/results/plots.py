@@ -134,16 +134,15 @@ def plot_bars(
 ) -> Figure:
     """A bar for each name, with its value on it; by powers of ten if they differ hundredfold.
 
-    Across some of them, a line where each would end ideally.
+    Across those that `ideal` names, a line where each would end.
     """
     figure, axes = new_figure(figsize=(1.5 + 1.6 * len(values), 3.4))
     bars = axes.bar(list(values), list(values.values()), width=0.6)
     axes.bar_label(bars, fmt="{:,.0f}")
-    for i, name in enumerate(values):
-        if ideal and name in ideal:
-            label = "" if axes.get_legend_handles_labels()[1] else "ideal"
-            axes.hlines(ideal[name], i - 0.4, i + 0.4, colors="0.4", linestyles="--", label=label)
     if ideal:
+        at = np.array([list(values).index(name) for name in ideal])
+        style = {"colors": "0.4", "linestyles": "--", "label": "ideal"}
+        axes.hlines([*ideal.values()], at - 0.4, at + 0.4, **style)
         axes.legend(frameon=False)
     axes.set(title=title, xlabel="", ylabel=unit)
     axes.margins(y=0.15)
