@@ -38,6 +38,7 @@ def test_the_failures_of_notebook_03_are_failures(tmp_path: Path) -> None:
     assert row(said, "discriminator x 10")[1] < variety / 2
     assert row(said, "discriminator / 100")[1] < 0.15
     assert row(said, "the generator alone")[1] < 0.75 * row(said, "both learn")[1]
+    assert row(said, "the generator alone")[0] > 2 * row(said, "both learn")[0]
     first, last = map(
         float, re.search(r"loss_g: ([\d.]+) at first, ([\d.]+) in the end", said).groups()
     )
@@ -48,7 +49,6 @@ def test_the_failures_of_notebook_03_are_failures(tmp_path: Path) -> None:
     )
     scores = [float(number) for number in spike[1].split()[:2]]
     assert max(scores) < -1.5
-    assert row(said, "the generator alone")[0] > 1.5 * row(said, "both learn")[0]
     # Against label 0.5 the generator's loss is lower, and the discriminator as sure as ever.
     loss, generated, real, rejected = row(said, "real_label = 0.5")
     loss_1, generated_1, real_1, rejected_1 = row(said, "real_label = 1.0")
