@@ -1,8 +1,8 @@
 r"""What do more ranks bring, and what would a thousand?
 
     python benchmarks/scaling.py [--address tcp://SCHEDULER:8786] [--ranks 1 2] [--picture P]
-    python benchmarks/scaling.py --predict [--gbit 1 10 100]
-    python benchmarks/scaling.py --links 50 200 800
+    python benchmarks/scaling.py --predict [--gbit 1 10 100] [--delay-ms 0.1]
+    python benchmarks/scaling.py --links 50 200 [--delay-ms 0 20]
 
 The first measures: the same batch over more ranks (strong scaling), and as many images for each
 rank (weak scaling); what the ranks would take to exchange their gradients if they did nothing
@@ -10,24 +10,29 @@ else meanwhile; and what part of a step they wait for each other, or for Python,
 sees it (which itself slows them). The second computes what 2 to 1,000 ranks would do, from the
 steps of one rank and the rate of an all-reduce, measured between the workers or given. The third
 checks that: 2 and 4 ranks on hosts that are network namespaces of this machine, each of which sends
-so many Mbit/s at most (root only): predicted first, then measured.
+so many Mbit/s at most, to where they arrive so much later (root only): predicted first, then
+measured.
 
 The model: a rank's step takes a constant and a time for each image; all ranks that share a core
-take turns. An exchange of b bytes over n ranks takes 2 (n - 1) / n * b / rate, as in a ring
-(Patarasuk and Yuan 2009), and nothing of it is hidden behind computing.
+take turns. The gradients of each network are exchanged at once, as gloo does it, in a ring: b bytes
+over n ranks take 2 (n - 1) / n * b / rate (Patarasuk and Yuan 2009), and each of the 2 (n - 1)
+times that something is passed on takes a round trip, because it is sent when its receiver has
+asked for it. Nothing of it is hidden behind computing.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ |= {"GAN_LIB_HEADLESS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
@@ -53,10 +58,18 @@ from gan_lib.training.tracing import trace_step
 
 DOGS = 20_580  # images of an epoch of Stanford Dogs
 RANKS = (2, 10, 100, 1000)
+PIECE = 2**20  # bytes that gloo sends at a time, at most
 
 
-def seconds_per_step(p: TrainingParameters, steps: int = 12) -> dict[str, float]:
-    """Of this rank: the median step; the bytes that it exchanges in one; the rate of that."""
+class Link(NamedTuple):
+    """Between two ranks."""
+
+    rate: float  # bytes per second
+    delay: float = 0.0  # seconds, one way
+
+
+def seconds_per_step(p: TrainingParameters, steps: int = 12) -> dict[str, Any]:
+    """Of this rank: the median step; the bytes of each exchange in one; the rate of that."""
     keep_freed_memory()
     ranks = Ranks()
     device = pick_device(p.device)
@@ -76,10 +89,10 @@ def seconds_per_step(p: TrainingParameters, steps: int = 12) -> dict[str, float]
         found.append(time.perf_counter() - began)
         if step == 3 + steps:
             break
-    weights = [w for network in training.networks.values() for w in network.parameters()]
-    each = 2.0 if p.exchange == "bfloat16" else 4.0
-    size = each * sum(weight.numel() for weight in weights)
-    told = {"seconds": statistics.median(found[4:]), "bytes": size}
+    each = 2 if p.exchange == "bfloat16" else 4
+    networks = training.networks.values()
+    sizes = [each * sum(weight.numel() for weight in net.parameters()) for net in networks]
+    told = {"seconds": statistics.median(found[4:]), "sizes": sizes}
     return told | {"rate": all_reduce_rate(device) if ranks.distributed else float("inf")}
 
 
@@ -97,32 +110,43 @@ def all_reduce_rate(device: torch.device, size: int = 4 * 2**20) -> float:
     return 2 * (n - 1) / n * size / statistics.median(found) or float("inf")
 
 
-def exchange_seconds(ranks: int, size: float, rate: float) -> float:
-    """What ranks take that add up `size` bytes over links of `rate` bytes per second."""
-    return 2 * (ranks - 1) / ranks * size / rate
+def exchange_seconds(ranks: int, sizes: Sequence[float], link: Link) -> float:
+    """What ranks take that add up tensors of these sizes, in bytes, one after the other."""
+    return sum(_ring_seconds(ranks, size, link) for size in sizes) if ranks > 1 else 0.0
+
+
+def _ring_seconds(ranks: int, size: float, link: Link) -> float:
+    # A rank's part travels in pieces, two at a time: while one is sent, the next is asked for.
+    pieces = max(2, math.ceil(size / ranks / PIECE))
+    sending, asking = size / ranks / pieces / link.rate, 2 * link.delay
+    pairs = pieces * (ranks - 1) / 2
+    # Once to add up, and once more to hand the sums round.
+    return 2 * (pairs * (sending + max(sending, asking)) + min(sending, asking))
 
 
 class Model:
     """What a step would take, from the steps of one rank with two sizes of batches."""
 
-    def __init__(self, small: float, n_small: int, large: float, n_large: int, size: float):
+    def __init__(
+        self, small: float, n_small: int, large: float, n_large: int, sizes: Sequence[float]
+    ) -> None:
         self.per_image = (large - small) / (n_large - n_small)
         self.constant = max(0.0, small - self.per_image * n_small)
-        self.bytes = size
+        self.sizes = sizes
 
-    def step(self, batch: int, ranks: int, rate: float, ranks_per_core: float = 1.0) -> float:
-        """Seconds of a step of `ranks`, joined by links of `rate` bytes per second."""
+    def step(self, batch: int, ranks: int, link: Link, ranks_per_core: float = 1.0) -> float:
+        """Seconds of a step of `ranks`."""
         computing = (self.constant + self.per_image * batch / ranks) * ranks_per_core
-        return computing + exchange_seconds(ranks, self.bytes, rate)
+        return computing + exchange_seconds(ranks, self.sizes, link)
 
-    def efficiency(self, batch: int, ranks: int, rate: float) -> float:
+    def efficiency(self, batch: int, ranks: int, link: Link) -> float:
         """What part of `ranks` times one rank's images per second they reach together."""
-        return self.step(batch, 1, rate) / ranks / self.step(batch, ranks, rate)
+        return self.step(batch, 1, link) / ranks / self.step(batch, ranks, link)
 
-    def batch_for(self, efficiency: float, ranks: int, rate: float) -> int:
+    def batch_for(self, efficiency: float, ranks: int, link: Link) -> int:
         """The smallest power of two that reaches it; 0 if none up to four million does."""
         sizes = (2**k for k in range(23) if 2**k >= ranks)
-        return next((b for b in sizes if self.efficiency(b, ranks, rate) >= efficiency), 0)
+        return next((b for b in sizes if self.efficiency(b, ranks, link) >= efficiency), 0)
 
 
 def model_of(p: TrainingParameters, client: Client) -> Model:
@@ -134,7 +158,7 @@ def model_of(p: TrainingParameters, client: Client) -> Model:
         )
     small, large = told
     sizes = small["seconds"], p.batch_size // 4, large["seconds"], p.batch_size
-    return Model(*sizes, large["bytes"])
+    return Model(*sizes, large["sizes"])
 
 
 def measure(p: TrainingParameters, client: Client, ranks: list[int], picture: str | None) -> None:
@@ -153,7 +177,7 @@ def measure(p: TrainingParameters, client: Client, ranks: list[int], picture: st
             seconds = max(step["seconds"] for step in steps)
             found.append(batch / seconds)
             efficiency = found[-1] / found[0] * ranks[0] / n
-            exchanging = max(exchange_seconds(n, s["bytes"], s["rate"]) for s in steps)
+            exchanging = max(exchange_seconds(n, s["sizes"], Link(s["rate"])) for s in steps)
             traces = run_ranks(client, trace_step, n, device=p.device, parameters=told)
             parts = [part_of_step(spans, "waiting", "Python") for spans in traces]
             figures = f"{found[-1]:,.0f}", f"{efficiency:.2f}", f"{1e3 * seconds:.1f}"
@@ -179,31 +203,33 @@ def part_of_step(spans: Sequence[Span], *kinds: str) -> list[float]:
     return [seconds[kind] / whole for kind in kinds]
 
 
-def predict(p: TrainingParameters, client: Client, gbit: list[float]) -> None:
+def predict(p: TrainingParameters, client: Client, gbit: list[float], ms: list[float]) -> None:
     """Print what 2 to 1,000 ranks would do, each with a core or a GPU like that of the first."""
     model = model_of(p, client)
-    rates = {f"{g:g} Gbit/s": g * 1e9 / 8 for g in gbit}
-    if not rates:
+    links = {
+        f"{g:g} Gbit/s, {delay:g} ms": Link(g * 1e9 / 8, delay / 1000) for g in gbit for delay in ms
+    }
+    if not links:
         n = len(client.nthreads())
         if n == 1:
             raise ParameterError("one worker has no link to measure: start more, or give --gbit")
         told = run_ranks(client, seconds_per_step, n, device=p.device, p=p)
         rate = min(t["rate"] for t in told)
-        rates = {f"measured, {rate * 8e-9:.1f} Gbit/s": rate}
+        links = {f"measured, {rate * 8e-9:.1f} Gbit/s": Link(rate)}
     print(
         f"a step of one rank: {1e3 * model.constant:.1f} ms and {1e3 * model.per_image:.3f} ms for "
-        f"each image; {model.bytes / 1e6:.1f} MB are exchanged\n"
+        f"each image; {sum(model.sizes) / 1e6:.1f} MB are exchanged\n"
     )
     print_row("link", "ranks", "batch", "images/s", "efficiency", "epoch of dogs, s", "0.9 from")
     print_row(*["---"] * 7)
-    for name, rate in rates.items():
+    for name, link in links.items():
         for n in RANKS:
             batch = max(p.batch_size, 16 * n)
-            speed = batch / model.step(batch, n, rate)
-            fits = model.batch_for(0.9, n, rate)
+            speed = batch / model.step(batch, n, link)
+            fits = model.batch_for(0.9, n, link)
             print_row(
                 name, f"{n:,}", f"{batch:,}", f"{speed:,.0f}",
-                f"{model.efficiency(batch, n, rate):.2f}", f"{DOGS / speed:.1f}",
+                f"{model.efficiency(batch, n, link):.2f}", f"{DOGS / speed:.1f}",
                 f"{fits:,}" if fits else "never",
             )  # fmt: skip
 
@@ -232,25 +258,26 @@ def run_apart(p: TrainingParameters, on: Hosts | None = None) -> list[dict[str, 
     return [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
 
 
-def check(p: TrainingParameters, mbit: list[float]) -> None:
+def check(p: TrainingParameters, mbit: list[float], delays_ms: list[float]) -> None:
     """Print what is predicted for 2 and 4 ranks over slow links, and then what they do."""
     (small,), (large,) = (
         run_apart(p.replace(batch_size=n)) for n in (p.batch_size // 4, p.batch_size)
     )
-    sizes = small["seconds"], p.batch_size // 4, large["seconds"], p.batch_size
-    model = Model(*sizes, large["bytes"])
-    print_row("ranks", "Mbit/s", "predicted, ms", "measured, ms", "measured / predicted")
-    print_row(*["---"] * 5)
-    for n in (2, 4):
+    seconds = small["seconds"], p.batch_size // 4, large["seconds"], p.batch_size
+    model = Model(*seconds, large["sizes"])
+    columns = "ranks", "delay, ms", "Mbit/s", "predicted, ms", "measured, ms"
+    print_row(*columns, "measured / predicted")
+    print_row(*["---"] * 6)
+    for n, delay, rate in itertools.product((2, 4), delays_ms, mbit):
         crowd = max(1.0, n / (os.cpu_count() or 1))
-        for rate in mbit:
-            predicted = model.step(p.batch_size, n, rate * 1e6 / 8, crowd)
-            print(f"| {n} | {rate:g} | {1e3 * predicted:.0f} |", end=" ", flush=True)
-            with hosts(n) as slow:
-                for host in range(n):
-                    slow.limit(host, rate)
-                seconds = max(rank["seconds"] for rank in run_apart(p, slow))
-            print(f"{1e3 * seconds:.0f} | {seconds / predicted:.2f} |", flush=True)
+        link = Link(rate * 1e6 / 8, delay / 1000)
+        predicted = model.step(p.batch_size, n, link, crowd)
+        print(f"| {n} | {delay:g} | {rate:g} | {1e3 * predicted:.0f} |", end=" ", flush=True)
+        with hosts(n, delay) as slow:
+            for host in range(n):
+                slow.limit(host, rate)
+            measured = max(rank["seconds"] for rank in run_apart(p, slow))
+        print(f"{1e3 * measured:.0f} | {measured / predicted:.2f} |", flush=True)
 
 
 def print_row(*cells: str) -> None:
@@ -272,7 +299,8 @@ def main() -> None:
     parser.add_argument("--exchange", default="float32", help="or bfloat16: half the bytes")
     parser.add_argument("--predict", action="store_true")
     parser.add_argument("--gbit", type=float, nargs="*", default=[], help="rates of the links")
-    parser.add_argument("--links", type=float, nargs="+", help="Mbit/s to check the prediction at")
+    parser.add_argument("--links", type=float, nargs="+", help="Mbit/s to check it at")
+    parser.add_argument("--delay-ms", type=float, nargs="+", default=[0.0], help="of the links")
     parser.add_argument("--picture", help="draw into this file")
     parser.add_argument("--as-rank", type=int, nargs=2, help=argparse.SUPPRESS)
     told = parser.parse_args()
@@ -285,7 +313,7 @@ def main() -> None:
     print(f"{machine(pick_device(p.device))}, {p.precision}", flush=True)
     try:
         if told.links:
-            sys.exit(check(p, told.links))
+            sys.exit(check(p, told.links, told.delay_ms))
         client = (
             connect(told.address, max(told.ranks))
             if told.address
@@ -293,7 +321,7 @@ def main() -> None:
         )
         try:
             if told.predict:
-                predict(p, client, told.gbit)
+                predict(p, client, told.gbit, told.delay_ms)
             else:
                 measure(p, client, told.ranks, told.picture)
         finally:

@@ -107,10 +107,13 @@ def own_client() -> Iterator[Client]:
 
 
 @pytest.fixture
-def two_hosts() -> Iterator[Hosts]:
-    """Two hosts with addresses of their own; skips the test where there can be none."""
+def two_hosts(request: pytest.FixtureRequest) -> Iterator[Hosts]:
+    """Two hosts with addresses of their own; skips the test where there can be none.
+
+    The parameter, if there is one, is the delay between them in milliseconds.
+    """
     try:
-        with hosts(2) as made:
+        with hosts(2, getattr(request, "param", 0.0)) as made:
             yield made
     except OSError as error:
         pytest.skip(f"no hosts on this machine, which needs root and iproute2: {error}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,8 +18,56 @@ from gan_lib.jobs.launching import launch, run_ranks
 from gan_lib.parameters import TrainingParameters
 from gan_lib.practice.hosts import INTERFACE, Hosts
 
+DELAY_MS = 20.0
+PORT = 5000
+# What a host does that is called: it says the first byte at once, and everything at the end.
+ECHO = f"""
+import socket, sys
+
+with socket.create_server((sys.argv[1], {PORT})) as door:
+    print("open", flush=True)
+    caller, _ = door.accept()
+    heard = caller.recv(1)
+    caller.sendall(heard)
+    caller.sendall(heard + caller.makefile("rb").read())
+    caller.close()
+"""
+# And the one that calls.
+CALL = f"""
+import os, socket, sys, time
+
+said = os.urandom(2**20)
+with socket.create_connection((sys.argv[1], {PORT})) as call:
+    began = time.monotonic()
+    call.sendall(said[:1])
+    assert call.recv(1) == said[:1]
+    print(time.monotonic() - began)
+    call.sendall(said[1:])
+    call.shutdown(socket.SHUT_WR)
+    assert call.makefile("rb").read() == said
+    print(time.monotonic() - began)
+"""
+
+
+@pytest.mark.parametrize("two_hosts", [DELAY_MS], indirect=True)
+def test_what_is_sent_arrives_whole_and_not_before_its_time(two_hosts: Hosts) -> None:
+    two_hosts.limit(1, mbit=8)
+    python, address = [sys.executable, "-c"], two_hosts.addresses[0]
+    listen = [*two_hosts.inside(0), *python, ECHO, address]
+    with subprocess.Popen(listen, stdout=subprocess.PIPE, text=True) as echo:
+        assert echo.stdout and echo.stdout.readline() == "open\n"
+        call = [*two_hosts.inside(1), *python, CALL, address]
+        done = subprocess.run(call, capture_output=True, text=True, timeout=60)
+        echo.kill()
+    assert done.returncode == 0, done.stderr
+    first, whole = map(float, done.stdout.split())
+    assert first >= 2 * DELAY_MS / 1000
+    # A megabyte at the rate of the one that calls, but for a burst.
+    assert whole >= 0.9 * 2**20 * 8 / 8e6
+
 
 @pytest.mark.long
+@pytest.mark.parametrize("two_hosts", [DELAY_MS], indirect=True)
 @pytest.mark.parametrize("cut", [0, 1])
 def test_a_host_is_cut_off_and_joins_again(
     cut: int, two_hosts: Hosts, tiny: TrainingParameters, tmp_path: Path
