@@ -53,12 +53,17 @@ class TrainingParameters:
     d_norm: str = "batch"  # of the discriminator's layers: "batch", "spectral" or "none"
     d_bias: bool = False  # with "batch": an offset in its first layer, by which it sees contrast
     conditional: bool = False  # tell both networks the class of each image
+    blocks: int = 0  # residual blocks after each layer of both networks but the last
 
     # The training
     epochs: int = 25  # passes over all images
     batch_size: int = 128  # images per optimiser step over all ranks together
     lr_g: float = 2e-4  # Adam's learning rate for the generator
     lr_d: float = 2e-4  # Adam's learning rate for the discriminator
+    lr_batch: int = 0  # batch size that both rates are meant for; 0 takes them as they are
+    lr_warmup: int = 0  # images over which both rates rise to what they are
+    lr_hold: int = 0  # images after which both rates fall ...
+    lr_half_life: int = 0  # ... by half, each time so many are seen; 0 means never
     beta1: float = 0.5  # Adam's first moment decay; DCGAN found 0.9 to oscillate
     beta2: float = 0.999  # Adam's second moment decay
     real_label: float = 0.5  # what the discriminator is told of real images
@@ -121,8 +126,9 @@ class TrainingParameters:
         at_least_one = ("nz", "ngf", "ndf", "epochs", "batch_size", "record_every", "r1_every")
         for name in (*at_least_one, "sample_every", "checkpoint_every", "n_samples"):
             require_range(name, getattr(self, name), 1, None)
+        rates = ("lr_batch", "lr_warmup", "lr_hold", "lr_half_life")
         zero_is_none = ("max_images", "keep_checkpoints", "keep_every", "quality_every", "patience")
-        for name in (*zero_is_none, "augment_after", "ema_images", "r1"):
+        for name in (*zero_is_none, "augment_after", "ema_images", "r1", "blocks", *rates):
             require_range(name, getattr(self, name), 0, None)
         require_range("quality_images", self.quality_images, 8, None)
         if self.patience and not self.quality_every:

@@ -34,7 +34,7 @@ from gan_lib.base.storage import whole_folder
 from gan_lib.cli.generator_commands import parse_seeds
 from gan_lib.data.image_set import ImageSet
 from gan_lib.gan.drawing import draw_seeds, latent_of_seed, render, walk
-from gan_lib.gan.models import Generator, generator_of
+from gan_lib.gan.models import Block, Generator, generator_of
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.exporting import onnx_bytes
 from gan_lib.results.pictures import cut_apart, read_png
@@ -68,7 +68,7 @@ def run(
     )
     images = silhouettes
     if request.param == "plain":
-        told = told.replace(ema_images=100)
+        told = told.replace(ema_images=100, blocks=1)
     else:
         told = told.replace(conditional=True, pixel_mean=0.4, pixel_std=0.6, channels=3)
         labels = np.arange(len(images)) % 2
@@ -127,15 +127,20 @@ def test_a_class_is_drawn_alone(
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("classes", [None, CLASSES])
-@pytest.mark.parametrize("image_size", [16, 64])
-def test_onnx_is_what_torch_is(image_size: int, classes: dict[str, int], channels: int) -> None:
+@pytest.mark.parametrize(("image_size", "blocks"), [(16, 0), (64, 0), (16, 2)])
+def test_onnx_is_what_torch_is(
+    image_size: int, blocks: int, classes: dict[str, int], channels: int
+) -> None:
     torch.manual_seed(0)
-    generator = Generator(image_size, channels, nz=10, ngf=4, classes=classes)
+    generator = Generator(image_size, channels, nz=10, ngf=4, classes=classes, blocks=blocks)
     with torch.no_grad():
         # As after a training: statistics of its own, classes that differ, and strong contrasts.
         torch.nn.init.normal_(generator.layers[-2].weight, 0, 0.5)
         for name, value in generator.named_parameters():
             value.mul_(10 if "own" in name else 1)
+        for layer in generator.layers:
+            if isinstance(layer, Block):  # which begins as nothing
+                torch.nn.init.ones_(getattr(layer.norm, "norm", layer.norm).weight)
         for module in generator.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 1.0

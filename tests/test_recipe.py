@@ -27,7 +27,8 @@ from gan_lib.gan.losses import (
     loss_on_fake,
     loss_on_real,
 )
-from gan_lib.gan.models import Discriminator, Generator
+from gan_lib.gan.models import Block, Discriminator, Generator
+from gan_lib.gan.rates import rate_factor
 from gan_lib.gan.steps import FAKE, REAL, Lesson, r1_penalty
 from gan_lib.jobs.launching import run_ranks
 from gan_lib.parameters import CHANGES, TrainingParameters
@@ -45,6 +46,11 @@ EVERYTHING = {
     "augment_after": 100,
     "ema_images": 100,
     "conditional": True,
+    "blocks": 1,
+    "lr_batch": 16,
+    "lr_warmup": 100,
+    "lr_hold": 150,
+    "lr_half_life": 200,
     "color_jitter": 0.1,
     "noise": 0.1,
     "exchange": "bfloat16",
@@ -55,6 +61,9 @@ PHOTOGRAPHS = {
     "augment": "translation",
     "augment_after": 100,
     "real_label": 0.9,
+    "blocks": 1,
+    "lr_hold": 150,
+    "lr_half_life": 200,
     "ema_images": 100,
 }
 RECIPES = {"everything": EVERYTHING, "photographs": PHOTOGRAPHS}
@@ -67,6 +76,9 @@ PARTS = {
     "r1": {"d_norm": "none", "r1": 1.0, "r1_every": 1},
     "r1 and r2": {"d_norm": "none", "r1": 1.0, "r1_every": 1, "loss": "relativistic"},
     "bias": {"d_bias": True},
+    "blocks": {"blocks": 2},
+    "blocks, no norm": {"blocks": 1, "d_norm": "none"},
+    "blocks, spectral": {"blocks": 1, "d_norm": "spectral"},
     "augment": {"augment": "translation,cutout,color"},
     "jitter": {"color_jitter": 0.3},
     "conditional": {"conditional": True},
@@ -184,6 +196,39 @@ def test_what_is_seen_is_changed_only_after_so_many_images(tiny: TrainingParamet
     training.seen = 70
     batch = Batch(images[:32], torch.zeros(32, dtype=torch.int64), slice(0, 32), 32, 1.0)
     assert training.lesson(batch).look.seen == 70
+
+
+def test_learning_rates_follow_the_images_that_were_seen(tiny: TrainingParameters) -> None:
+    p = tiny.replace(lr_warmup=320, lr_hold=1000, lr_half_life=500)
+    factors = {seen: rate_factor(p, seen) for seen in (0, 32, 288, 320, 1000, 1500, 2500)}
+    expected = [0.1, 0.2, 1, 1, 1, 0.5, 0.125]
+    assert list(factors.values()) == pytest.approx(expected)
+    # Four times the batch, twice the rate; and without a word, the rate as it is.
+    assert rate_factor(tiny.replace(lr_batch=8), 0) == pytest.approx(2)
+    assert rate_factor(tiny, 10**9) == 1
+    training = Training(p.replace(lr_g=0.1, lr_d=0.4), Ranks(), torch.device("cpu"))
+    batch = Batch(torch.rand(32, 1, 16, 16), torch.zeros(32).long(), slice(0, 32), 32, 1.0)
+    for expected_factor in (0.1, 0.2, 0.3):
+        training.step(batch)
+        rates = [o.param_groups[0]["lr"] for o in (training.optimizer_g, training.optimizer_d)]
+        assert rates == pytest.approx([0.1 * expected_factor, 0.4 * expected_factor])
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_blocks_begin_by_adding_nothing(norm: str) -> None:
+    d = Discriminator(16, 1, ndf=4, norm=norm, blocks=2)
+    blocks = [layer for layer in d.layers if isinstance(layer, Block)]
+    assert len(blocks) == 4
+    for block in blocks:
+        x = torch.randn(8, block.convolution.in_channels, 8, 8)
+        torch.testing.assert_close(block(x.clone()), nn.functional.leaky_relu(x, 0.2))
+    # So a generator, whose values are above 0 there, begins as the same one without.
+    plain, more = Generator(16, 1, nz=10, ngf=4), Generator(16, 1, nz=10, ngf=4, blocks=2)
+    others = [layer for layer in more.layers if not isinstance(layer, Block)]
+    for ours, theirs in zip(others, plain.layers, strict=True):
+        ours.load_state_dict(theirs.state_dict())
+    z = torch.randn(8, 10)
+    torch.testing.assert_close(more(z), plain(z))
 
 
 def test_noise_has_the_strength_that_was_asked_for(tiny: TrainingParameters) -> None:
@@ -341,6 +386,8 @@ def test_a_class_is_drawn_by_its_name(
         ({"r1": -1.0, "d_norm": "none"}, "r1 is -1.0, expected 0 or more"),
         ({"ema_images": -1}, "ema_images is -1"),
         ({"augment_after": -1}, "augment_after is -1"),
+        ({"blocks": -1}, "blocks is -1"),
+        ({"lr_half_life": -1}, "lr_half_life is -1"),
     ],
 )
 def test_impossible_recipes_are_refused(told: dict[str, object], sentence: str) -> None:

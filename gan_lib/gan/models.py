@@ -3,7 +3,8 @@
 Radford, Metz and Chintala, "Unsupervised Representation Learning with Deep
 Convolutional Generative Adversarial Networks", 2016, arXiv:1511.06434,
 figure 1 and section 3. At 64 pixels these are the published layers; each other
-size adds or removes one doubling of the resolution.
+size adds or removes one doubling of the resolution. With `blocks`, each layer but the
+last is followed by residual blocks, which DCGAN does not have.
 
 Both classes are ordinary modules that know nothing of ranks or clusters.
 """
@@ -15,6 +16,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import leaky_relu
 from torch.nn.utils.parametrizations import spectral_norm
 
 from gan_lib.gan.convolutions import Conv2d, ConvTranspose2d
@@ -33,7 +35,7 @@ class Generator(nn.Module):
 
     `normalisation` is what the images it learns from are normalised by, mean and standard
     deviation; `render` undoes it. With `classes`, name -> number of real images, it makes images
-    of a class that it is told.
+    of a class that it is told. `blocks` are the residual blocks after each layer but the last.
 
     Shapes:
         (N, nz) or (N, nz, 1, 1) -> (N, channels, image_size, image_size), values in [-1, 1];
@@ -48,6 +50,7 @@ class Generator(nn.Module):
         ngf: int = 64,
         normalisation: tuple[float, float] = (0.5, 0.5),
         classes: Mapping[str, int] | None = None,
+        blocks: int = 0,
     ) -> None:
         super().__init__()
         self.nz = nz
@@ -58,17 +61,19 @@ class Generator(nn.Module):
             n_classes = len(self.classes)
             return ClassBatchNorm(width, n_classes) if n_classes else nn.BatchNorm2d(width)
 
+        def after(width: int) -> list[nn.Module]:
+            again = [ConvTranspose2d(width, width, 3, padding=1, bias=False) for _ in range(blocks)]
+            return [norm(width), nn.ReLU(inplace=True), *(Block(c, norm(width), 0) for c in again)]
+
         widths = [ngf * factor for factor in reversed(_width_factors(image_size))]
         layers: list[nn.Module] = [
             ConvTranspose2d(nz, widths[0], kernel_size=4, stride=1, padding=0, bias=False),
-            norm(widths[0]),
-            nn.ReLU(inplace=True),
+            *after(widths[0]),
         ]
         for c_in, c_out in pairwise(widths):
             layers += [
                 ConvTranspose2d(c_in, c_out, kernel_size=4, stride=2, padding=1, bias=False),
-                norm(c_out),
-                nn.ReLU(inplace=True),
+                *after(c_out),
             ]
         layers += [
             ConvTranspose2d(widths[-1], channels, kernel_size=4, stride=2, padding=1, bias=False),
@@ -80,8 +85,34 @@ class Generator(nn.Module):
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         x: Tensor = z.reshape(len(z), self.nz, 1, 1)
         for layer in self.layers:
-            x = layer(x, labels) if isinstance(layer, ClassBatchNorm) else layer(x)
+            x = layer(x, labels) if isinstance(layer, ClassBatchNorm | Block) else layer(x)
         return x
+
+
+class Block(nn.Module):
+    """Looks at feature maps once more, and adds what it finds there to them.
+
+    He et al. 2016, arXiv:1512.03385, equation 1, with one convolution. What is added begins at
+    nothing (Goyal et al. 2017, arXiv:1706.02677, section 5.1), so a generator with blocks begins as
+    the same generator without. (But with spectral norm: nothing cannot have a slope of 1.)
+    `slope` is that of the ReLU behind it for values below 0.
+
+    Shapes:
+        (N, width, H, W) -> the same; labels, (N,), go to a norm that wants them.
+    """
+
+    def __init__(
+        self, convolution: nn.Conv2d | nn.ConvTranspose2d, norm: nn.Module, slope: float
+    ) -> None:
+        super().__init__()
+        self.convolution = convolution
+        self.norm = norm
+        self.slope = slope
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        found = self.convolution(x)
+        found = self.norm(found, labels) if labels is not None else self.norm(found)
+        return leaky_relu(x + found, self.slope, inplace=True)
 
 
 class ClassBatchNorm(nn.Module):
@@ -122,7 +153,7 @@ class Discriminator(nn.Module):
     `bias` gives the first layer an offset. As published there is none, and then BatchNorm takes
     out what the layers before it left in: a batch of images with half the contrast has the same
     scores, and nothing holds the generator to the contrast of the real ones. The other norms have
-    offsets in any case.
+    offsets in any case. `blocks` are the residual blocks after each layer but the last.
 
     Shapes:
         (N, channels, image_size, image_size) -> (N,); with `n_classes` also labels, (N,).
@@ -136,23 +167,35 @@ class Discriminator(nn.Module):
         norm: str = "batch",
         n_classes: int = 0,
         bias: bool = False,
+        blocks: int = 0,
     ) -> None:
         super().__init__()
         widths = [ndf * factor for factor in _width_factors(image_size)]
         own_offset = norm != "batch"  # BatchNorm brings one
+
+        def more(width: int) -> list[nn.Module]:
+            normed = nn.BatchNorm2d if norm == "batch" else nn.Identity
+            again = [Conv2d(width, width, 3, padding=1, bias=own_offset) for _ in range(blocks)]
+            return [Block(convolution, normed(width), slope=0.2) for convolution in again]
+
         # No BatchNorm on the first layer (section 3): it would hide the images' own statistics.
         layers: list[nn.Module] = [
             Conv2d(channels, widths[0], 4, stride=2, padding=1, bias=own_offset or bias),
             nn.LeakyReLU(0.2, inplace=True),
+            *more(widths[0]),
         ]
         for c_in, c_out in pairwise(widths):
             layers += [Conv2d(c_in, c_out, 4, stride=2, padding=1, bias=own_offset)]
             layers += [nn.BatchNorm2d(c_out)] if norm == "batch" else []
-            layers += [nn.LeakyReLU(0.2, inplace=True)]
+            layers += [nn.LeakyReLU(0.2, inplace=True), *more(c_out)]
         layers += [Conv2d(widths[-1], 1, kernel_size=4, stride=1, padding=0, bias=False)]
         self.layers = nn.Sequential(*layers)
         self.of_class = nn.Embedding(n_classes, widths[-1]) if n_classes else None
         self.apply(initialise_weights if norm == "batch" else initialise_without_norm)
+        if norm == "none":
+            for layer in self.layers:
+                if isinstance(layer, Block):
+                    nn.init.zeros_(layer.convolution.weight)
         if norm == "spectral":
             for module in self.modules():
                 if isinstance(module, nn.Conv2d | nn.Embedding):
@@ -169,13 +212,13 @@ class Discriminator(nn.Module):
 def generator_of(p: TrainingParameters, classes: Mapping[str, int] | None = None) -> Generator:
     """A new generator as the parameters describe it; `classes` are used if it is conditional."""
     told = classes if p.conditional else None
-    return Generator(p.image_size, p.channels, p.nz, p.ngf, p.normalisation, told)
+    return Generator(p.image_size, p.channels, p.nz, p.ngf, p.normalisation, told, p.blocks)
 
 
 def discriminator_of(p: TrainingParameters, n_classes: int = 0) -> Discriminator:
     """A new discriminator as the parameters describe it, see `generator_of`."""
     told = n_classes if p.conditional else 0
-    return Discriminator(p.image_size, p.channels, p.ndf, p.d_norm, told, p.d_bias)
+    return Discriminator(p.image_size, p.channels, p.ndf, p.d_norm, told, p.d_bias, p.blocks)
 
 
 def initialise_weights(module: nn.Module) -> None:
@@ -187,6 +230,10 @@ def initialise_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, Block):  # after its parts
+        norm = module.norm.norm if isinstance(module.norm, ClassBatchNorm) else module.norm
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.zeros_(norm.weight)
 
 
 def initialise_without_norm(module: nn.Module) -> None:

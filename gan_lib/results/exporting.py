@@ -22,7 +22,7 @@ from torch import nn
 
 from gan_lib.base.errors import ParameterError
 from gan_lib.gan.drawing import draw_seeds
-from gan_lib.gan.models import ClassBatchNorm, Generator
+from gan_lib.gan.models import Block, ClassBatchNorm, Generator
 from gan_lib.results.model_card import about_source, model_card
 from gan_lib.results.pictures import image_grid, png_bytes
 
@@ -90,7 +90,7 @@ def _config(generator: Generator) -> dict[str, Any]:
         "pixel_mean": mean,
         "pixel_std": std,
         "classes": generator.classes,
-        "layers": [_described(layer) for _, layer in _layers(generator)],
+        "layers": [_described(name, layer) for name, layer in _layers(generator)],
     }
 
 
@@ -112,25 +112,43 @@ def _demo(run: Run, config: dict[str, Any], weights: bytes) -> str:
     return re.sub("@([A-Z]+)@", lambda found: parts[found[1]], page)
 
 
+class _Keep(nn.Module):
+    """Where a block begins: what comes is kept."""
+
+
+class _Add(nn.Module):
+    """Where it ends: what was kept is added."""
+
+
 def _layers(generator: Generator) -> Iterator[tuple[str, nn.Module]]:
-    for name, layer in generator.layers.named_children():
-        yield f"layers.{name}", layer
+    """One after the other, those of blocks among them, by their names in the state."""
+    for number, layer in generator.layers.named_children():
+        name = f"layers.{number}"
+        if isinstance(layer, Block):
+            yield f"{name}.keep", _Keep()
+            yield f"{name}.convolution", layer.convolution
+            yield f"{name}.norm", layer.norm
+            yield f"{name}.add", _Add()
+            yield f"{name}.relu", nn.ReLU()
+        else:
+            yield name, layer
 
 
-def _described(layer: nn.Module) -> dict[str, Any]:
+def _described(name: str, layer: nn.Module) -> dict[str, Any]:
     """One layer in plain words.
 
     Raises:
         ParameterError: if it is of a kind that the scripts do not know.
     """
     if isinstance(layer, nn.ConvTranspose2d) and layer.bias is None:
-        return {"kind": "convolution", "stride": layer.stride[0], "padding": int(layer.padding[0])}
+        steps = {"stride": layer.stride[0], "padding": int(layer.padding[0])}
+        return {"kind": "convolution", "name": name, **steps}
     if isinstance(layer, nn.BatchNorm2d | ClassBatchNorm):
         norm = layer if isinstance(layer, nn.BatchNorm2d) else layer.norm
-        return {"kind": "norm", "eps": norm.eps}
-    for kind, name in ((nn.ReLU, "relu"), (nn.Tanh, "tanh")):
+        return {"kind": "norm", "name": name, "eps": norm.eps}
+    for kind, word in ((nn.ReLU, "relu"), (nn.Tanh, "tanh"), (_Keep, "keep"), (_Add, "add")):
         if isinstance(layer, kind):
-            return {"kind": name}
+            return {"kind": word}
     raise ParameterError(f"the generator has a layer that cannot be exported: {layer}")
 
 
@@ -158,9 +176,9 @@ def onnx_bytes(generator: Generator) -> bytes:
         nodes.append(helper.make_node(kind, inputs, [output], name=output, **told))
         return output
 
-    x = compute("Reshape", "feature_maps", "z", constant("shape", np.array([0, -1, 1, 1])))
+    x = kept = compute("Reshape", "feature_maps", "z", constant("shape", np.array([0, -1, 1, 1])))
     for name, layer in _layers(generator):
-        told = _described(layer)
+        told = _described(name, layer)
         weights = {key: value.numpy() for key, value in layer.state_dict().items()}
         if told["kind"] == "convolution":
             steps = {"strides": [told["stride"]] * 2, "pads": [told["padding"]] * 4}
@@ -182,6 +200,10 @@ def onnx_bytes(generator: Generator) -> bytes:
                     table = constant(f"{name}.{part}s", values)
                     chosen = compute("Gather", f"{name}.{part}", table, "label", axis=0)
                     x = compute(kind, f"{name}.{kind}", x, chosen)
+        elif told["kind"] == "keep":
+            kept = x
+        elif told["kind"] == "add":
+            x = compute("Add", name, x, kept)
         else:
             x = compute({"relu": "Relu", "tanh": "Tanh"}[told["kind"]], name, x)
     compute("Identity", "image", x)

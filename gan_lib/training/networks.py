@@ -20,6 +20,7 @@ from gan_lib.gan.augmentation import Look
 from gan_lib.gan.averaging import MovingAverage
 from gan_lib.gan.drawing import generate_images, latent_vectors, random_labels, render
 from gan_lib.gan.models import Generator, discriminator_of, generator_of
+from gan_lib.gan.rates import rate_factor
 from gan_lib.gan.steps import Lesson, autocast, discriminator_step, generator_step
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.files import LOSSES
@@ -104,6 +105,7 @@ class Training:
         seed = stream_seed(p.seed, LATENTS, self.iteration)
         z = to_device(latent_vectors(batch.n_total, p.nz, seed)[batch.share], self.device)
         lesson = self.lesson(batch)
+        self._set_rates()
         with autocast(self.device, self.precision):
             # Of the same classes as the real images beside them.
             fake = self.g(z, *lesson.given)
@@ -115,6 +117,15 @@ class Training:
         if self.average:
             self.average.update(self.generator, batch.n_total, self.seen)
         return losses
+
+    def _set_rates(self) -> None:
+        factor = rate_factor(self.parameters, self.seen)
+        for optimizer, rate in (
+            (self.optimizer_g, self.parameters.lr_g),
+            (self.optimizer_d, self.parameters.lr_d),
+        ):
+            for group in optimizer.param_groups:
+                group["lr"] = factor * rate
 
     def lesson(self, batch: Batch) -> Lesson:
         """What the next step teaches by."""

@@ -30,19 +30,24 @@ def generate(seed: int, of: str = "") -> torch.Tensor:
     x = torch.tensor([rng.gauss(0, 1) for _ in range(CONFIG["nz"])]).reshape(1, -1, 1, 1).double()
     names, counts = list(CONFIG["classes"]), list(CONFIG["classes"].values())
     label = names.index(of or rng.choices(names, counts)[0]) if names else None
-    for i, layer in enumerate(CONFIG["layers"]):
+    for layer in CONFIG["layers"]:
+        name = layer.get("name")
         if layer["kind"] == "convolution":
-            weight = WEIGHTS[f"layers.{i}.weight"]
+            weight = WEIGHTS[f"{name}.weight"]
             x = conv_transpose2d(x, weight, None, layer["stride"], layer["padding"])
         elif layer["kind"] == "norm":
-            norm = f"layers.{i}" if label is None else f"layers.{i}.norm"
+            norm = name if label is None else f"{name}.norm"
             means, variances = WEIGHTS[f"{norm}.running_mean"], WEIGHTS[f"{norm}.running_var"]
             factors, offsets = WEIGHTS[f"{norm}.weight"], WEIGHTS[f"{norm}.bias"]
             x = batch_norm(x, means, variances, factors, offsets, eps=layer["eps"])
             if label is not None:
-                own = WEIGHTS[f"layers.{i}.own.weight"][label].reshape(1, -1, 1, 1)
+                own = WEIGHTS[f"{name}.own.weight"][label].reshape(1, -1, 1, 1)
                 factor, offset = own.chunk(2, dim=1)
                 x = x * (1 + factor) + offset
+        elif layer["kind"] == "keep":
+            kept = x
+        elif layer["kind"] == "add":
+            x = x + kept
         else:
             x = x.relu() if layer["kind"] == "relu" else x.tanh()
     mean, std = CONFIG["pixel_mean"], CONFIG["pixel_std"]
