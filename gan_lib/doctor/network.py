@@ -220,12 +220,12 @@ def _stage() -> int:
     """On a worker: how far its rank is: 1 before it has met rank 0, 2 after, 3 as it exchanges."""
     import torch.distributed as dist
 
-    from gan_lib.jobs.rank_task import meet
+    from gan_lib.jobs.rank_task import await_all, meet
 
-    stages = [meet.__name__, dist.init_process_group.__name__, _exchange.__name__]
+    stages = {meet: 1, await_all: 2, dist.init_process_group: 2, _exchange: 3}
     inside = {
         frame.name
         for thread in sys._current_frames().values()
         for frame in traceback.extract_stack(thread)
     }
-    return max((n for n, name in enumerate(stages, 1) if name in inside), default=0)
+    return max((n for function, n in stages.items() if function.__name__ in inside), default=0)

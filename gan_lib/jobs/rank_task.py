@@ -179,10 +179,15 @@ def meet(task: RankTask) -> TCPStore:
                 raise
         else:
             store.set_timeout(datetime.timedelta(seconds=SECONDS_TO_MEET))
-            if store.add("here", 1) == task.world_size:
-                store.set("all are here", "")
-            store.wait(["all are here"])
+            await_all(store, task.world_size)
             return store
+
+
+def await_all(store: TCPStore, world_size: int) -> None:
+    """Return when all ranks have come to the store. The doctor sees who waits here."""
+    if store.add("here", 1) == world_size:
+        store.set("all are here", "")
+    store.wait(["all are here"])
 
 
 @contextlib.contextmanager
