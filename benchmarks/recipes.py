@@ -27,7 +27,7 @@ import torch
 
 from gan_lib.data.image_set import ImageSet
 from gan_lib.data.images import prepare_images
-from gan_lib.parameters import TrainingParameters
+from gan_lib.parameters import CROPS, TrainingParameters
 from gan_lib.results.run import Run, open_run
 from gan_lib.training.rank import train_gan
 
@@ -60,8 +60,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "hinge, spectral": {"loss": "hinge", "d_norm": "spectral", "lr_d": 1e-3},
     "relativistic, r1": {"loss": "relativistic", "d_norm": "none", "r1": 0.05, "lr_d": 4e-4},
     "all but the offset": {**ALL, "d_bias": False},
-    "all but the blocks": {**ALL, "blocks": 0},
-    "all, rates that stay": {**ALL, "lr_half_life": 0},
+    "all, rates that stay": {**ALL, "lr_hold": 0, "lr_half_life": 0},
+    "all but blocks, rates that stay": {**ALL, "lr_hold": 0, "lr_half_life": 0, "blocks": 0},
     "all, shifted from the beginning": {**ALL, "augment_after": 0},
     "all, never shifted": {**ALL, "augment": ""},
     "all, batches of 64": {**ALL, "batch_size": 64},
@@ -81,7 +81,7 @@ def train(recipe: str, seed: int, images: ImageSet, told: argparse.Namespace) ->
     parameters = TrainingParameters(
         source=told.source,
         image_size=told.size,
-        crop="squash",
+        crop=told.crop,
         ngf=told.width,
         ndf=told.width,
         batch_size=64,
@@ -157,9 +157,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--size", type=int, default=32, help="pixels per side")
+    parser.add_argument("--crop", default="squash", choices=CROPS)
     parser.add_argument("--width", type=int, default=32, help="ngf and ndf")
     told = parser.parse_args()
-    images = prepare_images(told.source, told.size, 3, "squash")
+    images = prepare_images(told.source, told.size, 3, told.crop)
     recipes = ["article", *(recipe for recipe in told.recipes if recipe != "article")]
     table, shown = [], {}
     for seed in told.seeds:

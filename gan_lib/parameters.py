@@ -60,10 +60,8 @@ class TrainingParameters:
     batch_size: int = 128  # images per optimiser step over all ranks together
     lr_g: float = 2e-4  # Adam's learning rate for the generator
     lr_d: float = 2e-4  # Adam's learning rate for the discriminator
-    lr_batch: int = 0  # batch size that both rates are meant for; 0 takes them as they are
-    lr_warmup: int = 0  # images over which both rates rise to what they are
-    lr_hold: int = 0  # images after which both rates fall ...
-    lr_half_life: int = 0  # ... by half, each time so many are seen; 0 means never
+    lr_hold: int = 0  # images until both rates begin to fall ...
+    lr_half_life: int = 0  # ... by half, each time so many more are seen; 0: they never do
     beta1: float = 0.5  # Adam's first moment decay; DCGAN found 0.9 to oscillate
     beta2: float = 0.999  # Adam's second moment decay
     real_label: float = 0.5  # what the discriminator is told of real images
@@ -126,15 +124,20 @@ class TrainingParameters:
         at_least_one = ("nz", "ngf", "ndf", "epochs", "batch_size", "record_every", "r1_every")
         for name in (*at_least_one, "sample_every", "checkpoint_every", "n_samples"):
             require_range(name, getattr(self, name), 1, None)
-        rates = ("lr_batch", "lr_warmup", "lr_hold", "lr_half_life")
-        zero_is_none = ("max_images", "keep_checkpoints", "keep_every", "quality_every", "patience")
-        for name in (*zero_is_none, "augment_after", "ema_images", "r1", "blocks", *rates):
+        zero_is_none = ("max_images", "blocks", "lr_hold", "lr_half_life", "r1", "ema_images")
+        zero_is_never = ("augment_after", "keep_checkpoints", "keep_every", "quality_every")
+        for name in (*zero_is_none, *zero_is_never, "patience"):
             require_range(name, getattr(self, name), 0, None)
         require_range("quality_images", self.quality_images, 8, None)
         if self.patience and not self.quality_every:
             raise ParameterError(
                 f"patience is {self.patience}, and quality_every 0: nothing is measured that could "
                 "end the run. Set quality_every, such as 5"
+            )
+        if self.lr_hold and not self.lr_half_life:
+            raise ParameterError(
+                f"lr_hold is {self.lr_hold}, and lr_half_life 0: the rates would never fall. Set "
+                "lr_half_life, such as 1000000"
             )
         if self.r1 > 0 and self.d_norm == "batch":
             raise ParameterError(

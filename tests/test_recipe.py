@@ -47,8 +47,6 @@ EVERYTHING = {
     "ema_images": 100,
     "conditional": True,
     "blocks": 1,
-    "lr_batch": 16,
-    "lr_warmup": 100,
     "lr_hold": 150,
     "lr_half_life": 200,
     "color_jitter": 0.1,
@@ -199,19 +197,17 @@ def test_what_is_seen_is_changed_only_after_so_many_images(tiny: TrainingParamet
 
 
 def test_learning_rates_follow_the_images_that_were_seen(tiny: TrainingParameters) -> None:
-    p = tiny.replace(lr_warmup=320, lr_hold=1000, lr_half_life=500)
-    factors = {seen: rate_factor(p, seen) for seen in (0, 32, 288, 320, 1000, 1500, 2500)}
-    expected = [0.1, 0.2, 1, 1, 1, 0.5, 0.125]
-    assert list(factors.values()) == pytest.approx(expected)
-    # Four times the batch, twice the rate; and without a word, the rate as it is.
-    assert rate_factor(tiny.replace(lr_batch=8), 0) == pytest.approx(2)
+    p = tiny.replace(lr_hold=1000, lr_half_life=500)
+    factors = [rate_factor(p, seen) for seen in (0, 1000, 1500, 2000, 3500)]
+    assert factors == pytest.approx([1, 1, 0.5, 0.25, 1 / 32])
     assert rate_factor(tiny, 10**9) == 1
-    training = Training(p.replace(lr_g=0.1, lr_d=0.4), Ranks(), torch.device("cpu"))
+    p = tiny.replace(lr_hold=32, lr_half_life=32, lr_g=0.1, lr_d=0.4)
+    training = Training(p, Ranks(), torch.device("cpu"))
     batch = Batch(torch.rand(32, 1, 16, 16), torch.zeros(32).long(), slice(0, 32), 32, 1.0)
-    for expected_factor in (0.1, 0.2, 0.3):
+    for factor in (1, 1, 0.5):
         training.step(batch)
         rates = [o.param_groups[0]["lr"] for o in (training.optimizer_g, training.optimizer_d)]
-        assert rates == pytest.approx([0.1 * expected_factor, 0.4 * expected_factor])
+        assert rates == pytest.approx([0.1 * factor, 0.4 * factor])
 
 
 @pytest.mark.parametrize("norm", ["batch", "none"])
@@ -388,6 +384,7 @@ def test_a_class_is_drawn_by_its_name(
         ({"augment_after": -1}, "augment_after is -1"),
         ({"blocks": -1}, "blocks is -1"),
         ({"lr_half_life": -1}, "lr_half_life is -1"),
+        ({"lr_hold": 9}, "lr_hold is 9, and lr_half_life 0: .* Set lr_half_life"),
     ],
 )
 def test_impossible_recipes_are_refused(told: dict[str, object], sentence: str) -> None:
