@@ -97,7 +97,8 @@ def hosts(n: int, delay_ms: float = 0.0) -> Iterator[Hosts]:
     What one sends to another arrives `delay_ms` later; what it sends here, after half of that.
 
     Raises:
-        OSError: if this machine cannot have them: it needs root, Linux and iproute2.
+        OSError: if this machine cannot have them: it needs root, Linux and iproute2, and for a
+            delay /dev/net/tun.
     """
     made = Hosts(n, delay_ms)
     try:
