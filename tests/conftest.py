@@ -41,17 +41,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available():
         no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU: make gpu")
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):
                 item.add_marker(no_gpu)
     # The machine that `make gpu` is for may lack the package.
     if config.pluginmanager.hasplugin("timeout"):
         for item in items:
-            if "long" in item.keywords:
+            if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.timeout(1200))
     if not config.getoption("--long"):
         skip = pytest.mark.skip(reason="takes minutes: make test-all")
         for item in items:
-            if "long" in item.keywords:
+            if item.get_closest_marker("long"):
                 item.add_marker(skip)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -72,11 +73,14 @@ def test_replicas_stay_equal_when_each_rank_compiles(
 
 
 def test_auto_compiles_long_runs_on_gpus_alone(
-    tiny: TrainingParameters, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: TrainingParameters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     auto, many = tiny.replace(compile="auto"), ranks.STEPS_WORTH_COMPILING
     assert not pick_compile(auto.replace(device="cpu"), Ranks(), many, None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    assert not pick_compile(auto, Ranks(), many, None)
+    (tmp_path / "Python.h").touch()
     assert pick_compile(auto, Ranks(), many, None)
     assert not pick_compile(auto, Ranks(), many - 1, None)
     # A run goes on as it began, also if it is told other epochs.

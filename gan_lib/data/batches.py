@@ -124,6 +124,7 @@ class Batches:
         self._device = torch.device(self.device)
         if self.resident is None:
             self.resident = _fits(self.images.pixels, self._device)
+        self._labels = torch.tensor(self.images.labels, device=self._device)
         if self.resident:
             self._kept = _copied(self.images.pixels, self._device)
 
@@ -134,10 +135,12 @@ class Batches:
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """This rank's batches of one epoch, in order; those before `first_step` are left out."""
         steps = self._shares(epoch)[first_step:]
-        all_pixels = self._fetched([shares[self.rank] for shares in steps])
-        for step, (shares, pixels) in enumerate(zip(steps, all_pixels, strict=True), first_step):
+        fetched = self._fetched([shares[self.rank] for shares in steps])
+        for step, shares in enumerate(steps, first_step):
             start = sum(len(share) for share in shares[: self.rank])
             mine, n_total = shares[self.rank], sum(map(len, shares))
+            index = to_device(torch.from_numpy(mine), self._device)
+            pixels = self._kept[index] if self.resident else next(fetched)
             # N x H x W x C seen as N x C x H x W is torch's channels_last: nothing is copied.
             images = normalise(pixels.permute(0, 3, 1, 2), *self.parameters.normalisation)
             share = slice(start, start + len(mine))
@@ -145,7 +148,7 @@ class Batches:
                 images = self._flipped(images, epoch, step, share, n_total)
             yield Batch(
                 images=images,
-                labels=to_device(torch.from_numpy(self.images.labels[mine]), self._device),
+                labels=self._labels[index],
                 share=share,
                 n_total=n_total,
                 weight=len(mine) * self.world_size / n_total,
@@ -153,9 +156,7 @@ class Batches:
 
     def _fetched(self, shares: list[np.ndarray]) -> Iterator[Tensor]:
         """The pixels of each share, on the device: uint8, n x H x W x C."""
-        if self.resident:
-            yield from (self._kept[to_device(torch.from_numpy(s), self._device)] for s in shares)
-        elif self._device.type == "cpu" and isinstance(self.images.pixels, np.ndarray):
+        if self._device.type == "cpu" and isinstance(self.images.pixels, np.ndarray):
             yield from (torch.from_numpy(self.images.pixels[share]) for share in shares)
         else:
             # What has to be read, or copied, is fetched while the step before it goes on.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gan_lib.base.seeds import AUGMENTATION, COLOURS, PIXEL_NOISE, stream_seed
-from gan_lib.data.pixels import jitter_colours
+from gan_lib.data.pixels import jitter_colours, to_device
 from gan_lib.parameters import TrainingParameters
 
 
@@ -53,7 +53,8 @@ class Look:
             images = augment(images, p.changes, numbers)
         if p.color_jitter > 0:
             seed = stream_seed(p.seed, COLOURS, self.iteration, turn)
-            u = numbers_for(("color",), self.n_total, seed)[self.share].to(images)
+            u = numbers_for(("color",), self.n_total, seed)[self.share]
+            u = to_device(u, images.device).to(images.dtype)
             images = jitter_colours(images, 1 + p.color_jitter * (2 * u - 1), *p.normalisation)
         if p.noise > 0:
             generator = torch.Generator(images.device)
@@ -80,7 +81,8 @@ def augment(images: Tensor, policy: Sequence[str], numbers: Tensor) -> Tensor:
         numbers: n x k, see `numbers_for`: equal numbers, equal changes.
     """
     counts, changes = zip(*(_CHANGES[name] for name in policy), strict=True)
-    for change, u in zip(changes, numbers.to(images.device).split(counts, dim=1), strict=True):
+    numbers = to_device(numbers, images.device)
+    for change, u in zip(changes, numbers.split(counts, dim=1), strict=True):
         images = change(images, u)
     return images.contiguous(memory_format=torch.channels_last)
 

@@ -125,8 +125,8 @@ def _is_whole(module: nn.Conv2d | nn.ConvTranspose2d) -> bool:
 
 
 def _gains(x: Tensor, w: Tensor, side: int) -> bool:
-    wide = max(w.shape[:2]) >= WIDE or _dtype(x) is torch.bfloat16
-    return wide and x.device.type == "cpu" and x.shape[2:] == (side, side)
+    here = x.device.type == "cpu" and x.shape[2:] == (side, side)
+    return here and (max(w.shape[:2]) >= WIDE or _dtype(x) is torch.bfloat16)
 
 
 def _dtype(x: Tensor) -> torch.dtype:

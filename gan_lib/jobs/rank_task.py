@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import gc
 import math
 import os
 import pickle
@@ -125,12 +126,19 @@ def work_as_rank(function: Callable[..., Any], arguments: dict[str, Any], task: 
     ):
         try:
             store = meet(task)
+            device = None
+            if task.backend == "nccl":
+                # Told of it, NCCL connects here and not in the first exchange; and the current
+                # device is where objects are gathered, whatever the function does.
+                device = torch.device("cuda", task.gpu)
+                torch.cuda.set_device(device)
             dist.init_process_group(
                 task.backend,
                 store=store,
                 rank=task.rank,
                 world_size=task.world_size,
                 timeout=datetime.timedelta(seconds=SECONDS_FOR_A_COLLECTIVE),
+                device_id=device,
             )
             met.set()
             return function(**arguments)
@@ -242,6 +250,12 @@ def _leaving_when_unwanted(worker: Worker, met: threading.Event) -> Iterator[Non
         RETIRE.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
+        if torch.cuda.is_initialized():
+            # The worker goes on, and somebody else may want this memory. After an error of CUDA,
+            # whatever one asks it fails with the same.
+            gc.collect()
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

@@ -66,6 +66,9 @@ class Training:
             self.average.generator.to(device).to(memory_format=torch.channels_last)
         self.g = self._place(self.generator)
         self.d = self._place(self.discriminator)
+        if device.type == "cuda":
+            # What this process has trained before is not this run's.
+            torch.cuda.reset_peak_memory_stats(device)
         # Fused: one pass over weights, gradients and moments, where there were a dozen.
         adam = partial(torch.optim.Adam, betas=(p.beta1, p.beta2), fused=True)
         self.optimizer_g = adam(self.g.parameters(), lr=p.lr_g)
@@ -109,6 +112,9 @@ class Training:
         with autocast(self.device, self.precision):
             # Of the same classes as the real images beside them.
             fake = self.g(z, *lesson.given)
+        if self.compiled:
+            # As real images are, or in bfloat16 D would be compiled once more, for these.
+            fake = fake.float()
         losses = discriminator_step(self.d, self.optimizer_d, batch.images, fake, lesson)
         losses |= generator_step(self.d, self.optimizer_g, batch.images, fake, lesson)
         self.iteration += 1

@@ -78,6 +78,12 @@ def train_gan(
     ranks = Ranks()
     show = not ranks.distributed if progress is None else progress
     device = pick_device(parameters.device, local_rank)
+    ranks.require_equal(
+        "devices (a GPU, or a CPU)",
+        device.type,
+        "they round differently, and their networks would part. Set device to 'cpu', or leave the "
+        "workers out that see no GPU",
+    )
     images = training_images(parameters, images, resume, progress=show)
     checksum = images.checksum()
     ranks.require_equal("parameters and images", (parameters.to_dict(), checksum, resume))

@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import os
 import shutil
+import sysconfig
 import threading
 import warnings
 from collections.abc import Callable
@@ -38,8 +39,9 @@ ATTEMPT_VARIABLE = "GAN_LIB_ATTEMPT"
 LEAVE = threading.Event()
 # Set when the worker of this process's rank is to end, and others may go on without it.
 RETIRE = threading.Event()
-# With fewer steps, the minute or so that compiling takes on a GPU is not won back.
-STEPS_WORTH_COMPILING = 20_000
+# With fewer steps, the minutes that compiling takes on a GPU are not won back: reckoned from steps
+# of 4 ms, and not measured.
+STEPS_WORTH_COMPILING = 100_000
 EMULATED = (
     "precision is bfloat16, but the hardware of some rank does not compute in it: it is emulated, "
     "up to a hundred times slower. Take auto or float32, in a new run"
@@ -94,7 +96,12 @@ class Ranks:
             raise outcome[0]
         return outcome[0]
 
-    def require_equal(self, what: str, value: Any) -> None:
+    def require_equal(
+        self,
+        what: str,
+        value: Any,
+        cure: str = "every worker must read the same images and be told the same",
+    ) -> None:
         """Compare a value over the ranks.
 
         Raises:
@@ -103,10 +110,7 @@ class Ranks:
         values = self.gather(value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                raise ParameterError(
-                    f"{what} of rank {rank} differ from those of rank 0: "
-                    "every worker must read the same images and be told the same"
-                )
+                raise ParameterError(f"{what} of rank {rank} differ from those of rank 0: {cure}")
 
     def require_equal_weights(self, networks: dict[str, nn.Module]) -> None:
         """Compare the weights and buffers of all ranks.
@@ -198,7 +202,8 @@ def check_machine(p: TrainingParameters) -> None:
         )
     if p.compile == "on" and not _has_compiler(gpu):
         raise ParameterError(
-            "compile is 'on', and here is no compiler: install g++, or set compile to 'off'"
+            "compile is 'on', and here is no compiler: install g++ (for a GPU gcc, and Python.h of "
+            "this Python, which python3-dev brings), or set compile to 'off'"
         )
 
 
@@ -219,9 +224,12 @@ def pick_compile(p: TrainingParameters, ranks: Ranks, steps: int, before: bool |
 
 
 def _has_compiler(gpu: bool) -> bool:
-    # For a GPU, Triton compiles what calls its kernels with whatever C compiler there is.
-    told, usual = ("CC", ("gcc", "clang", "cc")) if gpu else ("CXX", ("g++", "clang++"))
-    return any(map(shutil.which, filter(None, (os.environ.get(told), *usual))))
+    # For a GPU, Triton compiles what calls its kernels with whatever C compiler there is, as an
+    # extension of Python.
+    told, usual = ("CC", ("gcc", "clang")) if gpu else ("CXX", ("g++", "clang++"))
+    found = any(map(shutil.which, filter(None, (os.environ.get(told), *usual))))
+    headers = sysconfig.get_path("include", "posix_prefix")
+    return found and (not gpu or Path(headers, "Python.h").exists())
 
 
 def distribute(module: nn.Module, exchange: str = "float32") -> DDP:
