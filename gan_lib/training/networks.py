@@ -155,8 +155,12 @@ class Training:
         mean follows all of them, and keeps the replicas identical.
         """
         if self.ranks.distributed:
-            for _, buffer in self._statistics():
-                buffer.copy_(self.ranks.mean(buffer))
+            buffers = [buffer for _, buffer in self._statistics()]
+            # In one exchange: each would be a meeting of all ranks.
+            mean = self.ranks.mean(torch.cat([buffer.flatten() for buffer in buffers]))
+            parts = mean.split([buffer.numel() for buffer in buffers])
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.copy_(part.view_as(buffer))
 
     def artist(self) -> Generator:
         """The generator to draw with: the moving average, if there is one."""
