@@ -138,8 +138,6 @@ def variants(
     }
     if fast != "float32":
         switches["bfloat16"] = {"precision": fast}
-    if device.type == "cuda":
-        switches["cudnn.benchmark"] = {}
     if compiled:
         switches["compiled"] = {"compiled": True}
 
@@ -155,9 +153,8 @@ def variants(
 
 
 def cudnn(name: str) -> AbstractContextManager[None]:
-    """As torch has it, but for ours, which can be repeated, and for one that tries ways out."""
-    told = {"benchmark": name == "cudnn.benchmark", "deterministic": name.startswith("ours")}
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=True, **told)
+    """As torch has it, but for ours, which can be repeated."""
+    return torch.backends.cudnn.flags(enabled=True, deterministic=name.startswith("ours"))
 
 
 def seconds_of(step: Callable[[], Any], device: torch.device, n: int = STEPS_IN_TURN) -> float:
@@ -299,7 +296,9 @@ def measure(
     real = real.contiguous(memory_format=torch.channels_last)
     found: dict[str, list[float]] = {}
     steps: dict[str, Step] = {}
-    for name, make in variants(p, device, compiled).items():
+    made = variants(p, device, compiled)
+    # From the last to the first: ours, compiled, throws away what was compiled before.
+    for name, make in reversed(made.items()):
         try:
             with cudnn(name):
                 steps[name] = make()
@@ -309,10 +308,11 @@ def measure(
             steps.pop(name, None)
             print(f"{name} fails: {type(error).__name__}: {error}")
     for _ in range(rounds):
-        for name, step in steps.items():
-            with cudnn(name):
-                seconds = seconds_of(partial(step, real), device)
-            found.setdefault(name, []).append(seconds)
+        for name in made:
+            if name in steps:
+                with cudnn(name):
+                    seconds = seconds_of(partial(steps[name], real), device)
+                found.setdefault(name, []).append(seconds)
     return found
 
 

@@ -10,15 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
-from distributed import Client
 
 from gan_lib.base.checkout import CHECKOUT
-from gan_lib.base.errors import ParameterError
 from gan_lib.cluster.starting import close_cluster, start_cluster
 from gan_lib.data import batches
 from gan_lib.data.batches import Batches
@@ -26,7 +22,6 @@ from gan_lib.data.image_set import ImageSet
 from gan_lib.jobs.launching import launch, run_ranks
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.run import open_run
-from gan_lib.training import rank
 from gan_lib.training.rank import train_gan
 
 
@@ -62,20 +57,6 @@ def test_batches_are_the_same_on_each_device(
         assert a.images.device.type == a.labels.device.type == on.device
         torch.testing.assert_close(a.images.cpu(), b.images)
         assert torch.equal(a.labels.cpu(), b.labels)
-
-
-def on_devices_of_two_kinds(parameters: TrainingParameters) -> None:
-    kinds = torch.device("cpu"), torch.device("meta")
-    with patch.object(rank, "pick_device", lambda *_: kinds[dist.get_rank()]):
-        train_gan(parameters)
-
-
-def test_a_rank_without_a_gpu_beside_ranks_with_one_is_refused(
-    client: Client, tiny: TrainingParameters
-) -> None:
-    told = tiny.replace(source="/nowhere")  # before any image is read
-    with pytest.raises(ParameterError, match=r"devices .* of rank 1 differ .* device to 'cpu'"):
-        run_ranks(client, on_devices_of_two_kinds, device="cpu", parameters=told)
 
 
 @pytest.mark.gpu

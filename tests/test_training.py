@@ -25,7 +25,7 @@ from gan_lib.gan.steps import Lesson, discriminator_step, generator_step
 from gan_lib.jobs.launching import run_ranks
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.run import open_run
-from gan_lib.training import background, ranks, stopwatch
+from gan_lib.training import background, rank, ranks, stopwatch
 from gan_lib.training.networks import Training
 from gan_lib.training.rank import train_gan
 from gan_lib.training.ranks import Ranks, speed_of_bfloat16
@@ -224,6 +224,24 @@ def test_ranks_agree_on_a_precision(
     first, second = run_ranks(client, precision_with_one_slow_rank, parameters=auto, run=place)
     assert first == second
     assert open_run(place).info()["precision_taken"] == "float32"
+
+
+def on_devices_of_two_kinds(parameters: TrainingParameters) -> None:
+    from unittest.mock import patch
+
+    import torch.distributed as dist
+
+    kinds = torch.device("cpu"), torch.device("meta")
+    with patch.object(rank, "pick_device", lambda *_: kinds[dist.get_rank()]):
+        train_gan(parameters)
+
+
+def test_a_rank_without_a_gpu_beside_ranks_with_one_is_refused(
+    client: Client, tiny: TrainingParameters
+) -> None:
+    told = tiny.replace(source="/nowhere")  # before any image is read
+    with pytest.raises(ParameterError, match=r"devices .* of rank 1 differ .* device to 'cpu'"):
+        run_ranks(client, on_devices_of_two_kinds, device="cpu", parameters=told)
 
 
 @pytest.mark.parametrize("precision", ["float32", "auto"])
