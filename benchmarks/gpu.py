@@ -4,9 +4,10 @@
     python benchmarks/gpu.py --fetch FOLDER [--python 3.12]
 
 Takes the Python that it is called with, and the torch and torchvision in it (2.11 and newer);
-what else is missing there comes from a folder of wheels, each of which is installed but for
-those of torch. The second command fills such a folder, on a machine with a network, for another
-Python: with what images that bring torch, NumPy, pandas and matplotlib usually lack (50 MB).
+what else is missing there comes from a folder of wheels, each of which but those of torch is put
+into a temporary place: that Python stays as it is. The second command fills such a folder, on a
+machine with a network, for another Python: with what images that bring torch, NumPy, pandas and
+matplotlib usually lack (50 MB).
 
 Runs the tests of tests/test_gpu.py, `benchmarks/step.py`, so many seconds of training with the
 profile of dogs at 64 x 64, and the step once more, compiled; writes all of it, and what README may
@@ -25,6 +26,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -46,6 +48,7 @@ PLATFORMS = ("manylinux_2_17", "manylinux_2_27", "manylinux_2_28", "manylinux201
 SECONDS_AROUND = 90
 SECONDS = 600  # for all parts together
 BEGAN = time.monotonic()
+PACKAGES = tempfile.TemporaryDirectory(prefix="gan-lib-packages-")
 
 
 def what_is_missing() -> str:
@@ -68,7 +71,9 @@ def what_is_missing() -> str:
 def install(wheels: str) -> None:
     """What lies in a folder of wheels, beside torch: nothing is fetched, and nothing checked."""
     names = sorted(str(w) for w in Path(wheels).glob("*.whl") if not w.name.startswith(KEPT))
+    # Apart: a Python that a system manages, or that belongs to root, takes none.
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    pip += ["--target", PACKAGES.name]
     if not names or subprocess.run([*pip, *names]).returncode:
         sys.exit(f"the wheels of {wheels} were not installed: fill that folder with --fetch")
 
@@ -95,7 +100,8 @@ def part(title: str, limit: float, *command: str, ask_after: float | None = None
     print(f"{title} ...", flush=True)
     began, asked = time.monotonic(), False
     limit = min(limit, BEGAN + SECONDS - began)
-    there = {"PYTHONPATH": str(CHECKOUT), "PYTHONUNBUFFERED": "1", "GAN_LIB_HEADLESS": "1"}
+    there = {"PYTHONUNBUFFERED": "1", "GAN_LIB_HEADLESS": "1"}
+    there["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), PACKAGES.name])
     with REPORT.open("a") as report:
         print(f"\n## {title}\n\n```", file=report, flush=True)
         process = subprocess.Popen(
