@@ -225,6 +225,8 @@ def test_blocks_begin_by_adding_nothing(norm: str) -> None:
         ours.load_state_dict(theirs.state_dict())
     z = torch.randn(8, 10)
     torch.testing.assert_close(more(z), plain(z))
+    # What knows no classes does not mind being told one.
+    torch.testing.assert_close(more(z, torch.zeros(8).long()), plain(z))
 
 
 def test_noise_has_the_strength_that_was_asked_for(tiny: TrainingParameters) -> None:

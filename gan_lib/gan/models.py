@@ -98,7 +98,7 @@ class Block(nn.Module):
     `slope` is that of the ReLU behind it for values below 0.
 
     Shapes:
-        (N, width, H, W) -> the same; labels, (N,), go to a norm that wants them.
+        (N, width, H, W) -> the same; labels, (N,), go to a `ClassBatchNorm`.
     """
 
     def __init__(
@@ -111,7 +111,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         found = self.convolution(x)
-        found = self.norm(found, labels) if labels is not None else self.norm(found)
+        wants = isinstance(self.norm, ClassBatchNorm)
+        found = self.norm(found, labels) if wants else self.norm(found)
         return leaky_relu(x + found, self.slope, inplace=True)
 
 
