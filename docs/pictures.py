@@ -17,6 +17,7 @@ from gan_lib.data.image_set import evenly_spread
 from gan_lib.data.images import prepare_images
 from gan_lib.results import plots
 from gan_lib.results.pictures import gif_bytes, image_grid, png_bytes
+from gan_lib.results.quality import best_epoch
 from gan_lib.results.quality_plots import plot_quality
 from gan_lib.results.run import open_run
 
@@ -48,7 +49,8 @@ def dogs(url: str, article: str) -> None:
     """A wall of generated photographs; some beside the article's, of equally many images; KID."""
     run, other = open_run(url), open_run(article)
     wall = run.generate(ROWS * COLUMNS, "best", seed=2)
-    equal = max(set(run.checkpoints()) & set(other.checkpoints()))
+    kept = set(run.checkpoints()) & set(other.checkpoints())
+    equal = best_epoch(run.quality(), kept) or max(kept)
     both = [one.generate(3 * COLUMNS, equal, seed=3) for one in (run, other)]
     for name, images in (("dogs", wall), ("dogs_and_article", np.concatenate(both))):
         grid = image_grid(images, COLUMNS, gap=1)
