@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -238,6 +239,23 @@ def test_the_first_error_is_shown_with_its_traceback(client: Client) -> None:
             run_ranks(client, fails_on_rank_1)
         assert any("rank 1 of 2" in note for note in caught.value.__notes__)
         assert any(entry.name == "fails_on_rank_1" for entry in caught.traceback)
+
+
+def fail_to_become_a_rank() -> str:
+    try:
+        dist.init_process_group(
+            "gloo", store=dist.HashStore(), rank=0, world_size=2, timeout=timedelta(seconds=1)
+        )
+    except dist.DistError as error:
+        return str(error)
+    raise AssertionError("nobody was there")
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_that_failed_to_become_a_rank_can_become_one(client: Client) -> None:
+    worker = min(client.nthreads())
+    assert client.submit(fail_to_become_a_rank, workers=[worker], pure=False).result(timeout=60)
+    assert run_ranks(client, dist.get_world_size, n_workers=2) == [2, 2]
 
 
 def test_a_failed_launch_says_so(client: Client, tiny: TrainingParameters, tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ def work_as_rank(function: Callable[..., Any], arguments: dict[str, Any], task: 
     ):
         try:
             store = meet(task)
+            _count_groups_anew()
             device = None
             if task.backend == "nccl":
                 # Told of it, NCCL connects here and not in the first exchange; and the current
@@ -196,6 +197,17 @@ def await_all(store: TCPStore, world_size: int) -> None:
     if store.add("here", 1) == world_size:
         store.set("all are here", "")
     store.wait(["all are here"])
+
+
+def _count_groups_anew() -> None:
+    """Have the group of ranks that is made next in this process be its first.
+
+    torch names a group by how many this process has made before, and ranks that know theirs by
+    different names look for each other for ever. It starts again from 0 when a group ends; one that
+    could not be made, because another rank was lost meanwhile, counts and never ends.
+    """
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.destroy_process_group()
 
 
 @contextlib.contextmanager
