@@ -30,7 +30,7 @@ import torch.distributed as dist
 from distributed import Worker, get_worker
 from distributed.comm.addressing import get_address_host
 from distributed.core import Status
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported, untold
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]  # exported, untold
 
 from gan_lib.base.errors import ClusterError
 from gan_lib.training.ranks import ATTEMPT_VARIABLE, LEAVE, RETIRE
@@ -206,7 +206,7 @@ def _count_groups_anew() -> None:
     different names look for each other for ever. It starts again from 0 when a group ends; one that
     could not be made, because another rank was lost meanwhile, counts and never ends.
     """
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     dist.destroy_process_group()
 
 
