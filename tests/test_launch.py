@@ -260,7 +260,7 @@ def owner(place: str) -> str:
     return open_run(place).status().job.partition("-")[0]
 
 
-@pytest.mark.parametrize("rounds", [4, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [2, pytest.param(60, marks=pytest.mark.long)])
 def test_two_clusters_with_each_others_runs(
     rounds: int, tiny: TrainingParameters, s3: str, photographs: Path, tmp_path: Path
 ) -> None:

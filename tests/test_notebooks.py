@@ -440,6 +440,7 @@ def test_the_bar_of_a_cell_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None
         assert str(progress._inner).strip() == ""
 
 
+@pytest.mark.long
 def test_results_of_a_run_of_one_epoch_with_blank_pictures(
     tmp_path: Path, tiny: TrainingParameters
 ) -> None:
