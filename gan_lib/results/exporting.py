@@ -90,7 +90,7 @@ def _config(generator: Generator) -> dict[str, Any]:
         "pixel_mean": mean,
         "pixel_std": std,
         "classes": generator.classes,
-        "layers": [_described(name, layer) for name, layer in _layers(generator)],
+        "layers": [*_layers(generator)],
     }
 
 
@@ -112,30 +112,25 @@ def _demo(run: Run, config: dict[str, Any], weights: bytes) -> str:
     return re.sub("@([A-Z]+)@", lambda found: parts[found[1]], page)
 
 
-class _Keep(nn.Module):
-    """Where a block begins: what comes is kept."""
+def _layers(generator: Generator) -> Iterator[dict[str, Any]]:
+    """One after the other in plain words, those of blocks among them.
 
-
-class _Add(nn.Module):
-    """Where it ends: what was kept is added."""
-
-
-def _layers(generator: Generator) -> Iterator[tuple[str, nn.Module]]:
-    """One after the other, those of blocks among them, by their names in the state."""
+    Where a block begins, what comes is kept; where it ends, it is added.
+    """
     for number, layer in generator.layers.named_children():
         name = f"layers.{number}"
         if isinstance(layer, Block):
-            yield f"{name}.keep", _Keep()
-            yield f"{name}.convolution", layer.convolution
-            yield f"{name}.norm", layer.norm
-            yield f"{name}.add", _Add()
-            yield f"{name}.relu", nn.ReLU()
+            yield {"kind": "keep"}
+            yield _described(f"{name}.convolution", layer.convolution)
+            yield _described(f"{name}.norm", layer.norm)
+            yield {"kind": "add"}
+            yield {"kind": "relu"}
         else:
-            yield name, layer
+            yield _described(name, layer)
 
 
 def _described(name: str, layer: nn.Module) -> dict[str, Any]:
-    """One layer in plain words.
+    """One layer in plain words; `name` is that of its weights in the state.
 
     Raises:
         ParameterError: if it is of a kind that the scripts do not know.
@@ -146,7 +141,7 @@ def _described(name: str, layer: nn.Module) -> dict[str, Any]:
     if isinstance(layer, nn.BatchNorm2d | ClassBatchNorm):
         norm = layer if isinstance(layer, nn.BatchNorm2d) else layer.norm
         return {"kind": "norm", "name": name, "eps": norm.eps}
-    for kind, word in ((nn.ReLU, "relu"), (nn.Tanh, "tanh"), (_Keep, "keep"), (_Add, "add")):
+    for kind, word in ((nn.ReLU, "relu"), (nn.Tanh, "tanh")):
         if isinstance(layer, kind):
             return {"kind": word}
     raise ParameterError(f"the generator has a layer that cannot be exported: {layer}")
@@ -177,22 +172,22 @@ def onnx_bytes(generator: Generator) -> bytes:
         return output
 
     x = kept = compute("Reshape", "feature_maps", "z", constant("shape", np.array([0, -1, 1, 1])))
-    for name, layer in _layers(generator):
-        told = _described(name, layer)
-        weights = {key: value.numpy() for key, value in layer.state_dict().items()}
+    state = {key: value.numpy() for key, value in generator.state_dict().items()}
+    for number, told in enumerate(_layers(generator)):
+        name = told.get("name", f"step.{number}")
         if told["kind"] == "convolution":
             steps = {"strides": [told["stride"]] * 2, "pads": [told["padding"]] * 4}
-            weight = constant(f"{name}.weight", weights["weight"])
+            weight = constant(f"{name}.weight", state[f"{name}.weight"])
             x = compute("ConvTranspose", name, x, weight, **steps)
         elif told["kind"] == "norm":
             norm = "norm." if generator.classes else ""
             parts = [
-                constant(f"{name}.{part}", weights[f"{norm}{part}"])
+                constant(f"{name}.{part}", state[f"{name}.{norm}{part}"])
                 for part in ("weight", "bias", "running_mean", "running_var")
             ]
             x = compute("BatchNormalization", name, x, *parts, epsilon=told["eps"])
             if generator.classes:
-                factor, offset = np.split(weights["own.weight"][:, :, None, None], 2, axis=1)
+                factor, offset = np.split(state[f"{name}.own.weight"][:, :, None, None], 2, axis=1)
                 for kind, part, values in (
                     ("Mul", "factor", 1 + factor),
                     ("Add", "offset", offset),
