@@ -27,15 +27,13 @@ ROWS, COLUMNS = 6, 16
 
 
 def silhouettes(url: str) -> None:
-    """Real and generated ones, the losses, and how the pictures came about."""
+    """Real and generated ones, and how the pictures came about."""
     run = open_run(url)
     p = run.parameters
     real = prepare_images(p.source, p.image_size, p.channels, p.crop, p.max_images).pixels
     some = real[np.random.default_rng(0).choice(len(real), 64, replace=False)]
     side_by_side = plots.plot_real_and_generated(some, run.generate(64, "best"))
     side_by_side.savefig(HERE / "real_and_generated.png", dpi=70)
-    records = run.records()
-    plots.plot_losses(records, smooth=25).savefig(HERE / "losses.png", dpi=70)
     epochs = run.epochs("samples")
     chosen = [epochs[i] for i in evenly_spread(FRAMES, len(epochs))]
     # The upper left quarter of the grid: 4 x 4 of its 8 x 8 images.
