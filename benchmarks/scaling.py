@@ -17,7 +17,8 @@ The model: a rank's step takes a constant and a time for each image; all ranks t
 take turns. The gradients of each network are exchanged at once, as gloo does it, in a ring: b bytes
 over n ranks take 2 (n - 1) / n * b / rate (Patarasuk and Yuan 2009), and each of the 2 (n - 1)
 times that something is passed on takes a round trip, because it is sent when its receiver has
-asked for it. Nothing of it is hidden behind computing.
+asked for it. The generator's travel while the discriminator looks at the next real images, and cost
+only what they take longer than that; of the discriminator's nothing is hidden behind computing.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from gan_lib.practice.hosts import INTERFACE, Hosts, hosts
 from gan_lib.results.timeline import Span, seconds_by_kind
 from gan_lib.training.networks import Training
 from gan_lib.training.ranks import Ranks, pick_device
-from gan_lib.training.tracing import trace_step
+from gan_lib.training.tracing import trace_steps
 
 DOGS = 20_580  # images of an epoch of Stanford Dogs
 RANKS = (2, 10, 100, 1000)
@@ -69,7 +70,11 @@ class Link(NamedTuple):
 
 
 def seconds_per_step(p: TrainingParameters, steps: int = 12) -> dict[str, Any]:
-    """Of this rank: the median step; the bytes of each exchange in one; the rate of that."""
+    """Of this rank: its median step, and its link.
+
+    "looking" is the part of the step during which the generator's exchange may go on, "sizes" are
+    the bytes of each network's exchange, and "rate" is how many of them travel in a second.
+    """
     keep_freed_memory()
     ranks = Ranks()
     device = pick_device(p.device)
@@ -80,7 +85,16 @@ def seconds_per_step(p: TrainingParameters, steps: int = 12) -> dict[str, Any]:
     training = Training(p, ranks, device)
     batches = Batches(images, p, ranks.rank, ranks.world_size, device)
     endless = (batch for epoch in range(1, 1 + 4 * steps) for batch in batches.epoch(epoch))
-    found = []
+    found, looked = [], []
+    finish = training.finish
+
+    def note_and_finish() -> None:
+        # In a step for the first time, when the discriminator has looked at the real images.
+        if len(looked) == len(found):
+            looked.append(time.perf_counter() - began)
+        finish()
+
+    training.finish = note_and_finish  # type: ignore[method-assign]
     for step, batch in enumerate(endless):
         began = time.perf_counter()
         training.step(batch)
@@ -89,10 +103,13 @@ def seconds_per_step(p: TrainingParameters, steps: int = 12) -> dict[str, Any]:
         found.append(time.perf_counter() - began)
         if step == 3 + steps:
             break
+    finish()
     each = 2 if p.exchange == "bfloat16" else 4
     networks = training.networks.values()
     sizes = [each * sum(weight.numel() for weight in net.parameters()) for net in networks]
-    told = {"seconds": statistics.median(found[4:]), "sizes": sizes}
+    seconds = statistics.median(found[4:])
+    part = statistics.median(looked[4:]) / seconds
+    told = {"seconds": seconds, "looking": part, "sizes": sizes}
     return told | {"rate": all_reduce_rate(device) if ranks.distributed else float("inf")}
 
 
@@ -127,17 +144,18 @@ def _ring_seconds(ranks: int, size: float, link: Link) -> float:
 class Model:
     """What a step would take, from the steps of one rank with two sizes of batches."""
 
-    def __init__(
-        self, small: float, n_small: int, large: float, n_large: int, sizes: Sequence[float]
-    ) -> None:
-        self.per_image = (large - small) / (n_large - n_small)
-        self.constant = max(0.0, small - self.per_image * n_small)
-        self.sizes = sizes
+    def __init__(self, small: dict[str, Any], large: dict[str, Any], batch_size: int) -> None:
+        few = batch_size // 4
+        self.per_image = (large["seconds"] - small["seconds"]) / (batch_size - few)
+        self.constant = max(0.0, small["seconds"] - self.per_image * few)
+        self.looking = large["looking"]
+        self.sizes = large["sizes"]
 
     def step(self, batch: int, ranks: int, link: Link, ranks_per_core: float = 1.0) -> float:
         """Seconds of a step of `ranks`."""
         computing = (self.constant + self.per_image * batch / ranks) * ranks_per_core
-        return computing + exchange_seconds(ranks, self.sizes, link)
+        of_g, of_d = (exchange_seconds(ranks, [size], link) for size in self.sizes)
+        return computing + of_d + max(0.0, of_g - self.looking * computing)
 
     def efficiency(self, batch: int, ranks: int, link: Link) -> float:
         """What part of `ranks` times one rank's images per second they reach together."""
@@ -156,9 +174,7 @@ def model_of(p: TrainingParameters, client: Client) -> Model:
         told += run_ranks(
             client, seconds_per_step, 1, device=p.device, p=p.replace(batch_size=batch)
         )
-    small, large = told
-    sizes = small["seconds"], p.batch_size // 4, large["seconds"], p.batch_size
-    return Model(*sizes, large["sizes"])
+    return Model(*told, p.batch_size)
 
 
 def measure(p: TrainingParameters, client: Client, ranks: list[int], picture: str | None) -> None:
@@ -178,7 +194,7 @@ def measure(p: TrainingParameters, client: Client, ranks: list[int], picture: st
             found.append(batch / seconds)
             efficiency = found[-1] / found[0] * ranks[0] / n
             exchanging = max(exchange_seconds(n, s["sizes"], Link(s["rate"])) for s in steps)
-            traces = run_ranks(client, trace_step, n, device=p.device, parameters=told)
+            traces = run_ranks(client, trace_steps, n, device=p.device, parameters=told)
             parts = [part_of_step(spans, "waiting", "Python") for spans in traces]
             figures = f"{found[-1]:,.0f}", f"{efficiency:.2f}", f"{1e3 * seconds:.1f}"
             shares = (f"{100 * statistics.mean(part):.0f} %" for part in zip(*parts, strict=True))
@@ -263,8 +279,7 @@ def check(p: TrainingParameters, mbit: list[float], delays_ms: list[float]) -> N
     (small,), (large,) = (
         run_apart(p.replace(batch_size=n)) for n in (p.batch_size // 4, p.batch_size)
     )
-    seconds = small["seconds"], p.batch_size // 4, large["seconds"], p.batch_size
-    model = Model(*seconds, large["sizes"])
+    model = Model(small, large, p.batch_size)
     columns = "ranks", "delay, ms", "Mbit/s", "predicted, ms", "measured, ms"
     print_row(*columns, "measured / predicted")
     print_row(*["---"] * 6)

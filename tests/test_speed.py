@@ -12,6 +12,8 @@ from gradients import gradients
 from torch._dynamo.utils import counters
 
 from gan_lib.base.errors import ParameterError
+from gan_lib.base.weights import weights_checksum
+from gan_lib.data.batches import Batches
 from gan_lib.data.image_set import ImageSet
 from gan_lib.jobs.launching import launch, run_ranks
 from gan_lib.parameters import TrainingParameters
@@ -121,6 +123,39 @@ def test_batchnorm_over_all_ranks_keeps_every_name(tiny: TrainingParameters) -> 
     assert sum(isinstance(m, torch.nn.SyncBatchNorm) for m in other.g.modules()) == 2
     other.load(one.state())
     assert (other.draw() == one.draw()).all()
+
+
+def some_steps(p: TrainingParameters, images: ImageSet, late: bool) -> tuple[str, bool]:
+    """On a rank: the weights after some steps, and whether the first changed the generator."""
+    ranks = Ranks()
+    training = Training(p, ranks, torch.device("cpu"))
+    weight = next(training.generator.parameters())
+    before, changed = weight.clone(), []
+    for batch in Batches(images, p, ranks.rank, ranks.world_size, training.device).epoch(1):
+        training.step(batch)
+        if not late:
+            training.finish()
+        changed.append(not torch.equal(weight, before))
+    training.finish()
+    assert training.average is not None
+    everything = *training.networks.values(), training.average.generator
+    # BatchNorm's statistics are each rank's own until the end of the epoch.
+    learnt = [dict(module.named_parameters()) for module in everything]
+    return weights_checksum(*learnt), changed[0]
+
+
+@pytest.mark.parametrize("exchange", ["float32", "bfloat16"])
+def test_a_step_that_is_taken_late_is_the_same_step(
+    client: Client, tiny: TrainingParameters, silhouettes: ImageSet, exchange: str
+) -> None:
+    told = tiny.replace(exchange=exchange, ema_images=50, lr_hold=32, lr_half_life=32)
+    weights = []
+    for late in (True, False):
+        first, second = run_ranks(client, some_steps, p=told, images=silhouettes, late=late)
+        assert first == second
+        weights.append(first[0])
+        assert first[1] is not late
+    assert weights[0] == weights[1]
 
 
 def test_gradients_in_half_the_bytes_are_the_same_on_all_ranks(client: Client) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch._dynamo
@@ -24,6 +25,16 @@ from gan_lib.gan.losses import (
 
 # Which images the discriminator looks at, one number for each time that it does in a step.
 REAL, FAKE, FAKE_AGAIN, REAL_AGAIN = range(4)
+
+
+class Optimizer(Protocol):
+    """What the two steps need of an optimiser: all of torch's have it."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the last gradients."""
+
+    def step(self) -> Any:
+        """Change the weights."""
 
 
 def as_they_are(images: Tensor, turn: int) -> Tensor:
@@ -68,7 +79,11 @@ class Lesson:
 
 
 def discriminator_step(
-    d: nn.Module, optimizer_d: torch.optim.Optimizer, real: Tensor, fake: Tensor, lesson: Lesson
+    d: nn.Module,
+    optimizer_d: Optimizer,
+    real: Tensor,
+    fake: Tensor | Callable[[], Tensor],
+    lesson: Lesson,
 ) -> dict[str, Tensor]:
     """Teach the discriminator to tell this rank's real images from its generated ones.
 
@@ -76,7 +91,8 @@ def discriminator_step(
         d: the discriminator, alone or wrapped in DDP.
         optimizer_d: its optimiser; one step is taken.
         real: n x C x H x W.
-        fake: n x C x H x W; the generator learns nothing from this step.
+        fake: n x C x H x W; the generator learns nothing from this step. Or what makes them, which
+            is called as late as can be.
         lesson: what it is told.
 
     Returns:
@@ -86,16 +102,19 @@ def discriminator_step(
     """
     d.requires_grad_(True)
     optimizer_d.zero_grad(set_to_none=True)
-    fake = fake.detach()
+
+    def generated() -> Tensor:
+        return (fake() if callable(fake) else fake).detach()
+
     # Gradients add up, so only the last backward needs the exchange between ranks.
     if lesson.r1 > 0:
         with without_exchange(d):
             penalty = r1_penalty(d, real, lesson, REAL)
             if lesson.loss == "relativistic":
-                penalty = penalty + r1_penalty(d, fake, lesson, FAKE)
+                penalty = penalty + r1_penalty(d, generated(), lesson, FAKE)
             (lesson.weight * lesson.r1 / 2 * penalty).backward()
     if lesson.loss == "relativistic":
-        on_real, on_fake = lesson.scores(d, real, REAL), lesson.scores(d, fake, FAKE)
+        on_real, on_fake = lesson.scores(d, real, REAL), lesson.scores(d, generated(), FAKE)
         loss_d = loss_of_pairs(on_real, on_fake)
         (lesson.weight * loss_d).backward()
         loss_d_real, loss_d_fake = gan_loss(on_real, 1.0), gan_loss(on_fake, 0.0)
@@ -107,7 +126,7 @@ def discriminator_step(
             scores = lesson.scores(d, real, REAL)
             loss_d_real = loss_on_real(lesson.loss, scores, lesson.real_label)
             (lesson.weight * loss_d_real).backward()
-        scores = lesson.scores(d, fake, FAKE)
+        scores = lesson.scores(d, generated(), FAKE)
         loss_d_fake = loss_on_fake(lesson.loss, scores, lesson.fake_label)
         (lesson.weight * loss_d_fake).backward()
         loss_d = loss_d_real + loss_d_fake
@@ -117,7 +136,7 @@ def discriminator_step(
 
 
 def generator_step(
-    d: nn.Module, optimizer_g: torch.optim.Optimizer, real: Tensor, fake: Tensor, lesson: Lesson
+    d: nn.Module, optimizer_g: Optimizer, real: Tensor, fake: Tensor, lesson: Lesson
 ) -> dict[str, Tensor]:
     """Teach the generator to make images that the discriminator takes for real.
 

@@ -1,6 +1,6 @@
-"""Where the time of one step goes, on each rank: as numbers, and as a picture.
+"""Where the time of a step goes, on each rank: as numbers, and as a picture.
 
-`gan_lib.training.tracing.trace_step` records what is shown here.
+`gan_lib.training.tracing.trace_steps` records what is shown here.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Span:
-    """Part of a step.
+    """Part of some steps.
 
     Attributes:
         kind: "forward", "backward" and "optimiser" compute; "Python" is what lies between;
-            "waiting" is what lies between while an exchange goes on. "exchange" is not of the
+            "waiting" is what lies between until an exchange ends. "exchange" is not of the
             rank itself: gradients are on their way, while the rank may do something else.
-        start: seconds since the step began on the first rank that began it.
+        start: seconds since the first rank began.
         end: seconds, likewise.
     """
 
@@ -41,15 +41,15 @@ class Span:
 
 
 def seconds_by_kind(spans: Sequence[Span]) -> dict[str, float]:
-    """Seconds of one rank's step by what it did; without "exchange" they add up to the step."""
+    """Seconds of one rank by what it did; without "exchange" they add up to the whole."""
     return {kind: sum(s.end - s.start for s in spans if s.kind == kind) for kind in COLOURS}
 
 
 def plot_timeline(traces: Sequence[Sequence[Span]]) -> Figure:
-    """One step of all ranks on one clock: above what each does, below what is on its way.
+    """Two steps of all ranks on one clock: above what each does, below what is on its way.
 
     Args:
-        traces: of each rank, as `run_ranks(client, trace_step, parameters=...)` returns them.
+        traces: of each rank, as `run_ranks(client, trace_steps, parameters=...)` returns them.
     """
     figure, axes = new_figure(figsize=(11, 1.1 + 0.9 * len(traces)))
     for rank, spans in enumerate(traces):
@@ -63,7 +63,7 @@ def plot_timeline(traces: Sequence[Sequence[Span]]) -> Figure:
                 label=kind if rank == 0 else None,
             )
     axes.set(
-        title="one step of each rank",
+        title="two steps of each rank",
         xlabel="milliseconds",
         yticks=range(len(traces)),
         yticklabels=[f"rank {rank}" for rank in range(len(traces))],

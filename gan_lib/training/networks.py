@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from gan_lib.gan.rates import rate_factor
 from gan_lib.gan.steps import Lesson, autocast, discriminator_step, generator_step
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.files import LOSSES
+from gan_lib.training.late import LateStep
 from gan_lib.training.ranks import Ranks, distribute, pick_precision
 
 DIVERGED = (
@@ -64,8 +65,8 @@ class Training:
         self.average = MovingAverage(self.generator, p.ema_images) if p.ema_images else None
         if self.average:
             self.average.generator.to(device).to(memory_format=torch.channels_last)
-        self.g = self._place(self.generator)
-        self.d = self._place(self.discriminator)
+        self.g = self._place(self.generator)  # its gradients are exchanged by `late_g`
+        self.d = self._place(self.discriminator, p.exchange)
         if device.type == "cuda":
             # What this process has trained before is not this run's.
             torch.cuda.reset_peak_memory_stats(device)
@@ -73,6 +74,8 @@ class Training:
         adam = partial(torch.optim.Adam, betas=(p.beta1, p.beta2), fused=True)
         self.optimizer_g = adam(self.g.parameters(), lr=p.lr_g)
         self.optimizer_d = adam(self.d.parameters(), lr=p.lr_d)
+        self.late_g = LateStep(self.optimizer_g, self.g, p.exchange)
+        self.unfinished = 0  # images of the last step, if the generator has yet to take it
         self.sample_latents = latent_vectors(p.n_samples, p.nz, stream_seed(p.seed, SAMPLES))
         self.sample_labels = random_labels(
             self.generator, p.n_samples, stream_seed(p.seed, CLASSES)
@@ -83,12 +86,12 @@ class Training:
         """Both, by name, without their DDP wrappers."""
         return {"generator": self.generator, "discriminator": self.discriminator}
 
-    def _place(self, module: nn.Module) -> nn.Module:
+    def _place(self, module: nn.Module, exchange: str = "float32") -> nn.Module:
         # channels_last is how the batches lie in memory, and what convolutions run fastest on.
         module = module.to(self.device).to(memory_format=torch.channels_last)
         if self.parameters.sync_norm:
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        return distribute(module, self.parameters.exchange) if self.ranks.distributed else module
+        return distribute(module, exchange) if self.ranks.distributed else module
 
     def compile(self) -> None:
         """From now on, train with code that torch writes for these networks at the first step."""
@@ -103,35 +106,49 @@ class Training:
         self.compiled = True
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        """One optimiser step of each network; the losses of this rank."""
-        p = self.parameters
-        seed = stream_seed(p.seed, LATENTS, self.iteration)
-        z = to_device(latent_vectors(batch.n_total, p.nz, seed)[batch.share], self.device)
+        """One optimiser step of each network; the losses of this rank.
+
+        Among several ranks, the generator's weights change in the next step, or in `finish`.
+        """
         lesson = self.lesson(batch)
-        self._set_rates()
-        with autocast(self.device, self.precision):
-            # Of the same classes as the real images beside them.
-            fake = self.g(z, *lesson.given)
-        if self.compiled:
-            # As real images are, or in bfloat16 D would be compiled once more, for these.
-            fake = fake.float()
-        losses = discriminator_step(self.d, self.optimizer_d, batch.images, fake, lesson)
-        losses |= generator_step(self.d, self.optimizer_g, batch.images, fake, lesson)
+        self._set_rate(self.optimizer_d, self.parameters.lr_d)
+        # Called when the discriminator has looked at the real images.
+        make_fake = cache(partial(self.make_fake, batch, lesson))
+        losses = discriminator_step(self.d, self.optimizer_d, batch.images, make_fake, lesson)
+        losses |= generator_step(self.d, self.late_g, batch.images, make_fake(), lesson)
         self.iteration += 1
         self.steps_done += 1
         self.seen += batch.n_total
-        if self.average:
-            self.average.update(self.generator, batch.n_total, self.seen)
+        self.unfinished = batch.n_total
+        if not self.ranks.distributed:
+            self.finish()
         return losses
 
-    def _set_rates(self) -> None:
+    def finish(self) -> None:
+        """Complete the last step, whose gradients may still be on their way."""
+        if self.unfinished:
+            self.late_g.finish()
+            if self.average:
+                self.average.update(self.generator, self.unfinished, self.seen)
+            self.unfinished = 0
+
+    def make_fake(self, batch: Batch, lesson: Lesson) -> Tensor:
+        """The generated images of a step: for this rank, as many as it has real ones."""
+        self.finish()
+        p = self.parameters
+        self._set_rate(self.optimizer_g, p.lr_g)
+        seed = stream_seed(p.seed, LATENTS, self.iteration)
+        z = to_device(latent_vectors(batch.n_total, p.nz, seed)[batch.share], self.device)
+        with autocast(self.device, self.precision):
+            # Of the same classes as the real images beside them.
+            fake: Tensor = self.g(z, *lesson.given)
+        # As real images are, or in bfloat16 D would be compiled once more, for these.
+        return fake.float() if self.compiled else fake
+
+    def _set_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
         factor = rate_factor(self.parameters, self.seen)
-        for optimizer, rate in (
-            (self.optimizer_g, self.parameters.lr_g),
-            (self.optimizer_d, self.parameters.lr_d),
-        ):
-            for group in optimizer.param_groups:
-                group["lr"] = factor * rate
+        for group in optimizer.param_groups:
+            group["lr"] = factor * rate
 
     def lesson(self, batch: Batch) -> Lesson:
         """What the next step teaches by."""

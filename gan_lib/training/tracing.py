@@ -1,4 +1,4 @@
-"""What one rank does during one step, as torch's profiler sees it."""
+"""What one rank does during two steps, as torch's profiler sees it."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ from gan_lib.data.batches import Batches
 from gan_lib.data.datasets import training_images
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.timeline import Span
+from gan_lib.training.late import WAIT
 from gan_lib.training.networks import Training
 from gan_lib.training.ranks import Ranks, pick_device
 
-MARK = "the step"
+MARK = "the steps"
+# With a second one, what is still on its way after the first is seen to arrive.
+STEPS = 2
 
 
-def trace_step(parameters: TrainingParameters, warm_up: int = 8) -> list[Span]:
-    """Train a few steps, and look at the last one: for `run_ranks`, on each rank.
+def trace_steps(parameters: TrainingParameters, warm_up: int = 8) -> list[Span]:
+    """Train a few steps, and look at the last two: for `run_ranks`, on each rank.
 
     Clocks of several machines differ by more than a step takes: their ranks' parts are right,
     but not how they lie to each other. On a GPU it shows when work is asked for, not done.
 
     Args:
         parameters: of the training; nothing of it is kept.
-        warm_up: steps before that one.
+        warm_up: steps before those.
 
     Returns:
-        What the step is made of, see `Span`; drawn by `gan_lib.results.timeline.plot_timeline`.
+        What the two are made of, see `Span`; drawn by `gan_lib.results.timeline.plot_timeline`.
     """
     keep_freed_memory()
     ranks = Ranks()
@@ -40,18 +43,19 @@ def trace_step(parameters: TrainingParameters, warm_up: int = 8) -> list[Span]:
     images = training_images(parameters, None, False, progress=False)
     training = Training(parameters, ranks, device)
     batches = Batches(images, parameters, ranks.rank, ranks.world_size, device)
-    steps = (batch for epoch in range(1, warm_up + 2) for batch in batches.epoch(epoch))
+    steps = (batch for epoch in range(1, warm_up + STEPS + 2) for batch in batches.epoch(epoch))
     for _ in range(warm_up):
         training.step(next(steps))
     with _silent_stderr(), profile(activities=[ProfilerActivity.CPU]):
         pass
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         ranks.gather(None)  # begin together
-        with record_function("the first one takes longer"):
-            pass
+        training.step(next(steps))  # the first one takes longer
         began = time.time()
         with record_function(MARK):
-            training.step(next(steps))
+            for _ in range(STEPS):
+                training.step(next(steps))
+        training.finish()
     spans = _spans(list(profiler.events() or ()))
     first = min(ranks.gather(began))
     return [Span(s.kind, began - first + s.start, began - first + s.end) for s in spans]
@@ -75,7 +79,7 @@ def _silent_stderr() -> Iterator[None]:
 
 
 def _spans(events: list[FunctionEvent]) -> list[Span]:
-    """Of one rank, in seconds since its step began."""
+    """Of one rank, in seconds since its steps began."""
     (mark,) = (event for event in events if event.name == MARK and not event.is_async)
     zero, end = mark.time_range.start, mark.time_range.end
 
@@ -83,16 +87,18 @@ def _spans(events: list[FunctionEvent]) -> list[Span]:
         return Span(kind, (start - zero) / 1e6, (end - zero) / 1e6)
 
     sent = [e.time_range for e in events if e.name.startswith(("gloo:", "nccl:"))]
-    sent = [time_range for time_range in sent if time_range.start >= zero]
-    found, now = [span("exchange", s.start, s.end) for s in sent], zero
+    sent = [s for s in sent if s.end > zero and s.start < end]
+    found = [span("exchange", max(s.start, zero), min(s.end, end)) for s in sent]
+    now = zero
     done = sorted(mark.cpu_children, key=lambda event: event.time_range.start)
     for event in (*done, None):
         start = event.time_range.start if event else end
-        # Between two operations: while something is on its way, the rank waits for it.
-        changes = {min(max(t, now), start) for s in sent for t in (s.start, s.end)}
+        # Between two operations: the rank waits for an exchange that ends here.
+        ended = [s for s in sent if now < s.end <= start]
+        changes = {max(t, now) for s in ended for t in (s.start, s.end)}
         for moment in sorted(changes | {start}):
             if moment > now:
-                waits = any(s.start <= now < s.end for s in sent)
+                waits = any(s.start <= now < s.end for s in ended)
                 found.append(span("waiting" if waits else "Python", now, moment))
                 now = moment
         if event:
@@ -102,6 +108,8 @@ def _spans(events: list[FunctionEvent]) -> list[Span]:
 
 
 def _kind(name: str) -> str:
+    if name == WAIT:
+        return "waiting"
     if name.startswith("autograd::"):
         return "backward"
     return "optimiser" if name.startswith("Optimizer.") else "forward"
