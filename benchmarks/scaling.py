@@ -257,6 +257,8 @@ def as_rank(p: TrainingParameters, rank: int, n: int) -> None:
         os.environ.update(MASTER_PORT="29500", GLOO_SOCKET_IFNAME=INTERFACE)
         dist.init_process_group("gloo", rank=rank, world_size=n)
     print(json.dumps(seconds_per_step(p)), flush=True)
+    if n > 1:
+        dist.destroy_process_group()
 
 
 def run_apart(p: TrainingParameters, on: Hosts | None = None) -> list[dict[str, Any]]:
