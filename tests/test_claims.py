@@ -37,7 +37,7 @@ def test_the_failures_of_notebook_03_are_failures(tmp_path: Path) -> None:
     assert "no longer finite" in said or row(said, "learning rates x 1000")[1] < 0.01
     assert row(said, "discriminator x 10")[1] < variety / 2
     assert row(said, "discriminator / 100")[1] < 0.15
-    assert row(said, "the generator alone")[1] < 0.75 * row(said, "both learn")[1]
+    assert row(said, "the generator alone")[1] < 0.5 * row(said, "both learn")[1]
     assert row(said, "the generator alone")[0] > 2 * row(said, "both learn")[0]
     first, last = map(
         float, re.search(r"loss_g: ([\d.]+) at first, ([\d.]+) in the end", said).groups()
