@@ -33,7 +33,7 @@ from gan_lib.training.rank import train_gan
 
 # What each is, beside the article's: plain DCGAN with real_label 0.5.
 ALL: dict[str, Any] = {
-    "ema_images": 20_000,
+    "ema_images": 100_000,
     "real_label": 0.9,
     "lr_g": 4e-4,
     "lr_d": 4e-4,
@@ -41,6 +41,8 @@ ALL: dict[str, Any] = {
     "d_bias": True,
     "augment": "translation",
     "augment_after": 300_000,
+    "augment_late": "cutout,color",
+    "augment_late_after": 1_200_000,
     "blocks": 1,
     "lr_hold": 1_000_000,
     "lr_half_life": 1_000_000,
@@ -63,7 +65,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "all, rates that stay": {**ALL, "lr_hold": 0, "lr_half_life": 0},
     "all but blocks, rates that stay": {**ALL, "lr_hold": 0, "lr_half_life": 0, "blocks": 0},
     "all, shifted from the beginning": {**ALL, "augment_after": 0},
-    "all, never shifted": {**ALL, "augment": ""},
+    "all, never shifted": {**ALL, "augment": "", "augment_late": "", "augment_late_after": 0},
+    "all, shifts alone": {**ALL, "augment_late": "", "augment_late_after": 0},
     "all, batches of 64": {**ALL, "batch_size": 64},
     "all, batches of 64, lr_g 2e-4": {**ALL, "batch_size": 64, "lr_g": 2e-4},
     "all": ALL,

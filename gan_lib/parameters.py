@@ -75,6 +75,8 @@ class TrainingParameters:
     flip: bool = True  # mirror each image left to right with probability 1/2
     augment: str = ""  # DiffAugment: "translation,cutout,color" or parts of it
     augment_after: int = 0  # images until `augment` begins: at first it only slows learning
+    augment_late: str = ""  # more of the same, against a discriminator that knows its images ...
+    augment_late_after: int = 0  # ... by heart: from so many images on
     color_jitter: float = 0.0  # brightness, contrast, saturation: each times 1 - this to 1 + this
     noise: float = 0.0  # standard deviation of Gaussian pixel noise, where white minus black is 2
 
@@ -119,14 +121,20 @@ class TrainingParameters:
         require_choice("exchange", self.exchange, PRECISIONS[1:])
         require_choice("loss", self.loss, LOSS_NAMES)
         require_choice("d_norm", self.d_norm, NORMS)
-        for change in self.changes:
-            require_choice("augment", change, CHANGES)
+        for name in ("augment", "augment_late"):
+            for change in _words(getattr(self, name)):
+                require_choice(name, change, CHANGES)
+        for change in set(_words(self.augment)) & set(_words(self.augment_late)):
+            raise ParameterError(
+                f"{change} is in augment and in augment_late: it is on already when that begins. "
+                "Name it in one of them"
+            )
         at_least_one = ("nz", "ngf", "ndf", "epochs", "batch_size", "record_every", "r1_every")
         for name in (*at_least_one, "sample_every", "checkpoint_every", "n_samples"):
             require_range(name, getattr(self, name), 1, None)
         zero_is_none = ("max_images", "blocks", "lr_hold", "lr_half_life", "r1", "ema_images")
-        zero_is_never = ("augment_after", "keep_checkpoints", "keep_every", "quality_every")
-        for name in (*zero_is_none, *zero_is_never, "patience"):
+        zero_is_never = ("keep_checkpoints", "keep_every", "quality_every", "patience")
+        for name in (*zero_is_none, *zero_is_never, "augment_after", "augment_late_after"):
             require_range(name, getattr(self, name), 0, None)
         require_range("quality_images", self.quality_images, 8, None)
         if self.patience and not self.quality_every:
@@ -138,6 +146,11 @@ class TrainingParameters:
             raise ParameterError(
                 f"lr_hold is {self.lr_hold}, and lr_half_life 0: the rates would never fall. Set "
                 "lr_half_life, such as 1000000"
+            )
+        if self.augment_late_after and not self.augment_late:
+            raise ParameterError(
+                f"augment_late_after is {self.augment_late_after}, and augment_late is empty: "
+                "nothing would begin then. Set augment_late, such as cutout,color"
             )
         if self.r1 > 0 and self.d_norm == "batch":
             raise ParameterError(
@@ -184,10 +197,10 @@ class TrainingParameters:
         """Mean and standard deviation, as `normalise` takes them."""
         return self.pixel_mean, self.pixel_std
 
-    @property
-    def changes(self) -> tuple[str, ...]:
-        """The names in `augment`."""
-        return tuple(name.strip() for name in self.augment.split(",") if name.strip())
+    def changes(self, seen: int) -> tuple[str, ...]:
+        """What `augment` and `augment_late` name, as far as it has begun after `seen` images."""
+        first = _words(self.augment) if seen >= self.augment_after else ()
+        return first + (_words(self.augment_late) if seen >= self.augment_late_after else ())
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainingParameters:
@@ -234,3 +247,7 @@ class TrainingParameters:
         """A copy with some values changed, checked like any other."""
         refuse_unknown_names(changes, self.names())
         return replace(self, **changes)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())

@@ -42,8 +42,10 @@ EVERYTHING = {
     "d_norm": "spectral",
     "r1": 0.1,
     "r1_every": 2,
-    "augment": "translation,cutout,color",
+    "augment": "translation,cutout",
     "augment_after": 100,
+    "augment_late": "color",
+    "augment_late_after": 200,
     "ema_images": 100,
     "conditional": True,
     "blocks": 1,
@@ -58,6 +60,8 @@ PHOTOGRAPHS = {
     "d_bias": True,
     "augment": "translation",
     "augment_after": 100,
+    "augment_late": "cutout,color",
+    "augment_late_after": 200,
     "real_label": 0.9,
     "blocks": 1,
     "lr_hold": 150,
@@ -190,6 +194,15 @@ def test_what_is_seen_is_changed_only_after_so_many_images(tiny: TrainingParamet
     for seen, changed in ((0, False), (99, False), (100, True)):
         look = Look(p, 0, slice(0, 64), 64, seen=seen)
         assert torch.equal(look(images, REAL), images) is not changed
+    late = p.replace(augment_late="cutout,color", augment_late_after=200)
+    for seen, changes in (
+        (99, ()),
+        (199, ("translation",)),
+        (200, ("translation", "cutout", "color")),
+    ):
+        assert late.changes(seen) == changes
+    look = Look(late, 0, slice(0, 64), 64, seen=200)
+    assert not torch.equal(look(images, REAL), replace(look, seen=199)(images, REAL))
     training = Training(p.replace(batch_size=32), Ranks(), torch.device("cpu"))
     training.seen = 70
     batch = Batch(images[:32], torch.zeros(32, dtype=torch.int64), slice(0, 32), 32, 1.0)
@@ -384,6 +397,9 @@ def test_a_class_is_drawn_by_its_name(
         ({"r1": -1.0, "d_norm": "none"}, "r1 is -1.0, expected 0 or more"),
         ({"ema_images": -1}, "ema_images is -1"),
         ({"augment_after": -1}, "augment_after is -1"),
+        ({"augment_late": "colour"}, "augment_late is 'colour', expected one of 'translation'"),
+        ({"augment_late_after": 9}, "augment_late_after is 9, and augment_late is empty.*Set"),
+        ({"augment": "color", "augment_late": "cutout,color"}, "color is in augment and in"),
         ({"blocks": -1}, "blocks is -1"),
         ({"lr_half_life": -1}, "lr_half_life is -1"),
         ({"lr_hold": 9}, "lr_hold is 9, and lr_half_life 0: .* Set lr_half_life"),

@@ -23,7 +23,8 @@ from gan_lib.parameters import TrainingParameters
 
 @dataclass(frozen=True)
 class Look:
-    """How this rank's discriminator sees images in one step: `augment`, `color_jitter`, `noise`.
+    """How this rank's discriminator sees images in one step: `augment` and `augment_late`,
+    `color_jitter`, `noise`.
 
     What is drawn is a function of the seed, the iteration and the turn, and is drawn for the
     whole batch before each rank takes its share (the noise, which is large, for each rank).
@@ -34,7 +35,7 @@ class Look:
         share: the part `start:stop` of the whole batch that this rank's images are.
         n_total: images of this step on all ranks together.
         rank: of this process.
-        seen: images before this step: `augment` begins after `augment_after`.
+        seen: images before this step, which decides how much of `augment` has begun.
     """
 
     parameters: TrainingParameters
@@ -47,10 +48,10 @@ class Look:
     def __call__(self, images: Tensor, turn: int) -> Tensor:
         """The images of one turn of the step (each has changes of its own), n x C x H x W."""
         p = self.parameters
-        if p.changes and self.seen >= p.augment_after:
+        if changes := p.changes(self.seen):
             seed = stream_seed(p.seed, AUGMENTATION, self.iteration, turn)
-            numbers = numbers_for(p.changes, self.n_total, seed)[self.share]
-            images = augment(images, p.changes, numbers)
+            numbers = numbers_for(changes, self.n_total, seed)[self.share]
+            images = augment(images, changes, numbers)
         if p.color_jitter > 0:
             seed = stream_seed(p.seed, COLOURS, self.iteration, turn)
             u = numbers_for(("color",), self.n_total, seed)[self.share]
