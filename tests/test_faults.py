@@ -221,7 +221,11 @@ def rng(request: pytest.FixtureRequest) -> random.Random:
 
 
 # A disk can be filled only where it is; the others are the same wherever the run is.
-@pytest.mark.parametrize("faults", [["suspend", "fill_disk"], ["corrupt"]], ids="-".join)
+@pytest.mark.parametrize(
+    "faults",
+    [pytest.param(["suspend", "fill_disk"], marks=pytest.mark.long), ["corrupt"]],
+    ids="-".join,
+)
 def test_one_of_each_fault(
     faults: list[str], steady: TrainingParameters, tmp_path: Path, s3: str, rng: random.Random
 ) -> None:
@@ -281,6 +285,7 @@ def test_a_killed_client_leaves_a_run_that_goes_on(
     check_records(run)
 
 
+@pytest.mark.long
 def test_a_killed_client_leaves_a_cluster_that_is_free(
     steady: TrainingParameters, tmp_path: Path
 ) -> None:

@@ -51,11 +51,8 @@ def interrupt(folder: Path, number: int, notebook: str, until: Callable[[], bool
     return next((folder / "out").glob("*.ipynb"), folder / "none")
 
 
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)],
-    ids=lambda number: number.name,
-)
+@pytest.mark.long
+@pytest.mark.parametrize("number", list(STATUS), ids=lambda number: number.name)
 def test_interrupted_while_it_trains(tmp_path: Path, number: int) -> None:
     def trains() -> bool:
         return any((tmp_path / "run" / "checkpoints").glob("*.pt"))

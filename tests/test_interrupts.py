@@ -179,7 +179,7 @@ def trains(place: Path) -> Callable[[], None]:
         (ALONE, signal.SIGINT, -signal.SIGINT),
         pytest.param(ALONE, signal.SIGTERM, 143, marks=pytest.mark.long),
         (ON_A_CLUSTER, signal.SIGINT, 0),  # which ends the watching, and then the script ends
-        (ON_A_CLUSTER, signal.SIGTERM, 143),
+        pytest.param(ON_A_CLUSTER, signal.SIGTERM, 143, marks=pytest.mark.long),
     ],
     ids=["train_gan-INT", "train_gan-TERM", "launch-INT", "launch-TERM"],
 )

@@ -260,9 +260,9 @@ def owner(place: str) -> str:
     return open_run(place).status().job.partition("-")[0]
 
 
-@pytest.mark.parametrize("rounds", [2, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.long
 def test_two_clusters_with_each_others_runs(
-    rounds: int, tiny: TrainingParameters, s3: str, photographs: Path, tmp_path: Path
+    tiny: TrainingParameters, s3: str, photographs: Path, tmp_path: Path
 ) -> None:
     seed = int(os.environ.get("GAN_LIB_FAULT_SEED", time.time()))
     print(f"GAN_LIB_FAULT_SEED={seed}")
@@ -274,7 +274,7 @@ def test_two_clusters_with_each_others_runs(
     try:
         for side, place in zip(sides, places, strict=True):
             side.start(place, told[place])
-        for _ in range(rounds):
+        for _ in range(60):
             time.sleep(rng.uniform(0, 2))
             side, place = rng.choice(sides), rng.choice(places)
             what = rng.choice(["launch", "resume", "resume", "stop", "stop now"])

@@ -102,7 +102,7 @@ def run_notebooks(
             try:
                 _execute(name, book, told, target, progress, stop)
             finally:
-                export_notebook(target / f"{name}.ipynb")
+                export_notebook(target / f"{name}.ipynb", names)
                 write_index(target, names, run)
     return Executed(target, run)
 

@@ -9,6 +9,7 @@ import io
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image, ImageSequence
 
 from gan_lib.base.checkout import CHECKOUT
 from gan_lib.base.errors import UserError
+from gan_lib.cli.profiles import FOLDER
 from gan_lib.results.pictures import png_bytes
 from gan_lib.results.quality import best_line
 from gan_lib.results.run import open_run
@@ -32,15 +34,18 @@ LARGE_PICTURE = 100_000
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
-def export_notebook(path: Path) -> None:
-    """Next to an executed notebook: an HTML of it, and its pictures under `pictures/`."""
+def export_notebook(path: Path, names: Sequence[str]) -> None:
+    """Next to an executed notebook: an HTML of it, and its pictures under `pictures/`.
+
+    `names` are the notebooks that have or will have a page there.
+    """
     if not path.exists():
         return
     notebook = nbformat.read(path, as_version=4)
     for i, (_, kind, data) in enumerate(_pictures(notebook), start=1):
         name = f"{path.stem}-{i:02d}{PICTURES[kind]}"
         (path.parent / "pictures" / name).write_bytes(data)
-    _write_page(notebook, path.with_suffix(".html"))
+    _write_page(notebook, path.with_suffix(".html"), names)
 
 
 def write_index(folder: Path, names: Sequence[str], run: str | None) -> Path:
@@ -49,7 +54,7 @@ def write_index(folder: Path, names: Sequence[str], run: str | None) -> Path:
     glossary = CHECKOUT / "docs" / "glossary.md"
     if glossary.exists():
         page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(glossary.read_text())])
-        _write_page(page, folder / "glossary.html")
+        _write_page(page, folder / "glossary.html", names)
     values = {"cards": cards, "glossary": glossary.exists(), "run": run, **_figures(run)}
     template = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
     index = folder / "index.html"
@@ -57,7 +62,7 @@ def write_index(folder: Path, names: Sequence[str], run: str | None) -> Path:
     return index
 
 
-def _write_page(notebook: nbformat.NotebookNode, target: Path) -> None:
+def _write_page(notebook: nbformat.NotebookNode, target: Path, names: Sequence[str]) -> None:
     _fold(notebook.cells)
     for output, kind, data in _pictures(notebook):
         alt = output.get("metadata", {}).get(kind, {}).get("alt", "a picture of this cell")
@@ -66,7 +71,8 @@ def _write_page(notebook: nbformat.NotebookNode, target: Path) -> None:
         output.data["text/html"] = f'<img alt="{html.escape(alt)}" src="{source}">'
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = re.sub(r"\]\(([^)\s]+)\)", lambda m: _link(m, target), cell.source)
+            link = partial(_link, page=target, names=names)
+            cell.source = re.sub(r"\]\(([^)\s]+)\)", link, cell.source)
         outputs = [o for o in cell.get("outputs", []) if WIDGET not in o.get("data", {})]
         cell.update({"outputs": outputs} if cell.cell_type == "code" else {})
     exporter = HTMLExporter(template_name="executed", extra_template_basedirs=[str(TEMPLATES)])
@@ -92,14 +98,18 @@ def _fold(cells: list[nbformat.NotebookNode]) -> None:
         cells[-1].metadata.setdefault("folds_end", []).append("aside")
 
 
-def _link(found: re.Match[str], page: Path) -> str:
+def _link(found: re.Match[str], page: Path, names: Sequence[str]) -> str:
     """Links between notebooks and to the repository, as they are from where the page lies."""
     target, _, anchor = found[1].partition("#")
     end = f"#{anchor}" if anchor else ""
     if "://" in target or not target:
         return found[0]
     if target.endswith(".ipynb"):
-        return f"]({Path(target).stem}.html{end})"
+        name = Path(target).stem
+        if name in names or (page.parent / f"{name}.html").exists():
+            return f"]({name}.html{end})"
+        # It has not been executed here: the notebook itself has no anchors that a browser knows.
+        return f"]({os.path.relpath(FOLDER / f'{name}.ipynb', page.parent)})"
     if target.endswith("glossary.md"):
         return f"](glossary.html{end})"
     return f"]({os.path.relpath(CHECKOUT / 'docs' / target, page.parent)}{end})"
