@@ -47,7 +47,8 @@ class LateStep:
         assert work is not None
         self._sent.append((work, travelling, gradients))
         # DDP is told that all is done: the gradients are where they will be.
-        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        gpus: list[int | str | torch.device] = [gradients.device] if gradients.is_cuda else []
+        done: torch.futures.Future[Tensor] = torch.futures.Future(devices=gpus)
         done.set_result(gradients)
         return done
 
