@@ -44,6 +44,14 @@ def held_out(dogs: ImageSet, features: torch.Tensor) -> tuple[Reference, np.ndar
     return reference, dogs.pixels[order[:100]], reference.scores(features[order[:100]])
 
 
+def test_fewer_passes_over_memory_give_the_same_features(
+    dogs: ImageSet, features: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features_module, "_lighten", lambda layers: None)
+    as_published = features_of(dogs.pixels[:64], EfficientNetLite0())
+    torch.testing.assert_close(features[:64], as_published, atol=1e-4, rtol=0)
+
+
 def blurred(pixels: np.ndarray, radius: float) -> np.ndarray:
     def blur(image: np.ndarray) -> np.ndarray:
         return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))
