@@ -10,9 +10,12 @@ import pytest
 from gan_lib.base.errors import ParameterError
 from gan_lib.data.image_set import ImageSet
 from gan_lib.data.images import prepare_images
+from gan_lib.gan.drawing import generate_images
+from gan_lib.parameters import TrainingParameters
 from gan_lib.quality.features import EfficientNetLite0
 from gan_lib.quality.novelty import nearest_training_images
 from gan_lib.results.quality_plots import plot_nearest, plot_ratios
+from gan_lib.training.rank import train_gan
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,21 @@ def test_copies_are_remembered(dogs: ImageSet, network: EfficientNetLite0) -> No
     (axes,) = plot_ratios(found).axes
     assert len(axes.get_legend().get_texts()) == 3
     assert (found.by_chance < found.threshold).mean() == pytest.approx(0.05, abs=0.02)
+
+
+@pytest.mark.long
+def test_a_generator_that_has_seen_fifty_images_is_found_out(
+    network: EfficientNetLite0,
+) -> None:
+    p = TrainingParameters(
+        image_size=32, channels=1, max_images=50, batch_size=25, epochs=1500, seed=0,
+        nz=100, ngf=32, ndf=32, lr_g=4e-4, lr_d=4e-4, d_bias=True, flip=False, ema_images=2000,
+    )  # fmt: skip
+    images = prepare_images("dog-silhouettes", 32, channels=1, max_images=50)
+    generator = train_gan(p, images=images, progress=False).generator
+    drawn = generate_images(generator, 200, seed=3)
+    found = nearest_training_images(drawn, images, network, flip=False, progress=False)
+    assert found.remembered, str(found)
 
 
 def test_other_images_are_new(dogs: ImageSet, network: EfficientNetLite0) -> None:

@@ -3,33 +3,43 @@
 A network that has learnt its images by heart draws them again, and every score calls that
 perfect. Who is new has no one nearest image, but several that are about as near; what is
 remembered is much nearer to one of them than to any other. How much nearer real images are to
-one other by chance is measured on themselves, each as if it were new. That finds copies with
-little noise; what a small generator draws from memory with much noise, of few images that are
-alike, it takes for new: so look at the pairs, too.
+one other by chance is measured on themselves, each as if it were new.
+
+Nearness is looked at twice: in the features of a network, and in pixels, averaged in coarse cells,
+because the noise over what a small generator draws from memory leads the network astray. An image
+is as suspicious as the more suspicious of the two says. So look at the pairs, too.
 (Carlini et al. 2023, arXiv:2301.13188, section 4, compare an image with its neighbours likewise.)
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from gan_lib.base.errors import ParameterError
 from gan_lib.base.progress import ProgressBar
 from gan_lib.data.image_set import ImageSet, evenly_spread
+from gan_lib.data.pixels import Pixels
 from gan_lib.quality.features import EfficientNetLite0, FeatureNetwork, features_of, real_features
 from gan_lib.quality.scores import FEWEST
 
 # Images nearer to each other than this part of the median distance are one image, twice.
 SAME = 0.2
+# Cells per side in which pixels are averaged.
+CELLS = 16
+# So few of the real images are as near to one other, by chance. A set is remembered if so many
+# times as many of it are, and more than so many standard errors explain: 0 to 5 % were of what
+# generators had drawn that had seen thousands of images, 12 to 31 % where one had seen 50.
+CHANCE, TIMES, ERRORS = 0.05, 3, 3
 # Real images that are looked at as if they were new, at most; and images at a time.
 MOST_PROBES, ROWS = 1_000, 256
-# So few of the real images are as near to one other, by chance; and a set is remembered if so
-# many times as many of it are. Of what generators that had seen thousands drew, 1 to 5 % were.
-CHANCE, TIMES = 0.05, 4
 
 
 @dataclass(frozen=True)
@@ -39,8 +49,9 @@ class NearestImages:
     Attributes:
         generated: indices of the generated images, n.
         real: indices of the training images nearest to them, n.
-        ratios: the distance to it over that to the next one that is another image, n: near 1
-            for what is new, near 0 for a copy.
+        ratios: the distance to it over that to the next one that is another image, n, in units of
+            what 5 % of the real images have by chance: 1 and above for what is new, near 0 for a
+            copy.
         threshold: below this are 5 % of the real images.
         n_real: training images that were looked at.
         by_chance: the ratios of real images, each as if it were new.
@@ -59,16 +70,22 @@ class NearestImages:
         return float((self.ratios < self.threshold).mean())
 
     @property
+    def limit(self) -> float:
+        """The part of them that chance may explain."""
+        error = math.sqrt(CHANCE * (1 - CHANCE) / len(self.ratios))
+        return max(TIMES * CHANCE, CHANCE + ERRORS * error)
+
+    @property
     def remembered(self) -> bool:
         """Whether they are many more than chance explains."""
-        return self.suspicious > TIMES * CHANCE
+        return self.suspicious > self.limit
 
     def __str__(self) -> str:
         what = "remembered" if self.remembered else "new"
         return (
             f"{what}: {self.suspicious:.0%} of {len(self.ratios):,} generated images are nearer "
             f"to one of {self.n_real:,} training images than to the next, as {CHANCE:.0%} of real "
-            f"images are to another; above {TIMES * CHANCE:.0%} they are taken for remembered"
+            f"images are to another; above {self.limit:.0%} they are taken for remembered"
         )
 
 
@@ -96,40 +113,19 @@ def nearest_training_images(
             f"there are {len(images)} images: what is near is told from at least {FEWEST}"
         )
     network = network or EfficientNetLite0()
-    features = real_features(images, network, progress)
     probes = torch.from_numpy(evenly_spread(min(MOST_PROBES, len(images)), len(images)))
-    same = SAME * torch.cdist(features[probes], features[probes]).median()
-
-    def distances(found: Tensor, pixels: np.ndarray) -> Tensor:
-        """From all real images, of images with these features."""
-        rows = torch.cdist(found, features)
-        if flip:
-            mirrored = features_of(pixels[:, :, ::-1], network, bar)
-            rows = rows.minimum(torch.cdist(mirrored, features))
-        return rows
-
-    def nearest(found: Tensor, pixels: np.ndarray, closest: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest real image of each that is not closer than this, and its ratio."""
-        rows = distances(found, pixels)
-        rows[rows < closest] = torch.inf
-        first = rows.min(1)
-        twins = distances(features[first.indices], images.pixels[first.indices.numpy()]) < same
-        return first.indices, first.values / rows.masked_fill(twins, torch.inf).min(1).values
-
     n_looks = len(generated) * (3 if flip else 1) + len(probes) * (2 if flip else 0)
+    features = real_features(images, network, progress)
     with ProgressBar(n_looks, "searching", "image", show=progress) as bar:
-        # Each real image as if it were new: without itself, and whatever else is the same.
-        by_chance = torch.cat(
-            [
-                nearest(features[some], images.pixels[some.numpy()], same)[1]
-                for some in probes.split(ROWS)
-            ]
-        )
-        pairs = [
-            nearest(features_of(some, network, bar), some, torch.zeros(()))
-            for some in np.split(generated, range(ROWS, len(generated), ROWS))
+        by_features = partial(features_of, network=network, bar=bar)
+        looks = [
+            _look(generated, images, probes, flip, seen, look)
+            for seen, look in ((features, by_features), (_cells(images.pixels), _cells))
         ]
-    real, ratios = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    real, ratios, by_chance = (torch.stack(parts) for parts in zip(*looks, strict=True))
+    ratios, which = ratios.min(0)
+    by_chance = by_chance.min(0).values
+    real = real.gather(0, which[None])[0]
     order = ratios.argsort()
     return NearestImages(
         generated=order.numpy(),
@@ -139,3 +135,53 @@ def nearest_training_images(
         n_real=len(images),
         by_chance=by_chance.numpy(),
     )
+
+
+def _look(
+    generated: np.ndarray,
+    images: ImageSet,
+    probes: Tensor,
+    flip: bool,
+    seen: Tensor,
+    look: Callable[[np.ndarray], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With one kind of look: the nearest real image of each generated one and its ratio, and the
+    ratios of real ones, each as if it were new; in units of what 5 % of the real ones have.
+
+    `look` finds in images what tells how near they are, and `seen` is that of all real ones.
+    """
+    same = SAME * torch.cdist(seen[probes], seen[probes]).median()
+
+    def distances(found: Tensor, pixels: np.ndarray) -> Tensor:
+        """From all real images, of images in which this was found."""
+        rows = torch.cdist(found, seen)
+        return rows.minimum(torch.cdist(look(pixels[:, :, ::-1]), seen)) if flip else rows
+
+    def nearest(found: Tensor, pixels: np.ndarray, closest: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest real image of each that is not closer than this, and its ratio."""
+        rows = distances(found, pixels)
+        rows[rows < closest] = torch.inf
+        first = rows.min(1)
+        twins = distances(seen[first.indices], images.pixels[first.indices.numpy()]) < same
+        return first.indices, first.values / rows.masked_fill(twins, torch.inf).min(1).values
+
+    # Each real image as if it were new: without itself, and whatever else is the same.
+    by_chance = torch.cat(
+        [nearest(seen[some], images.pixels[some.numpy()], same)[1] for some in probes.split(ROWS)]
+    )
+    pairs = [
+        nearest(look(some), some, torch.zeros(()))
+        for some in np.split(generated, range(ROWS, len(generated), ROWS))
+    ]
+    real, ratios = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    unit = by_chance.nanquantile(CHANCE)
+    return real, ratios / unit, by_chance / unit
+
+
+def _cells(pixels: Pixels) -> Tensor:
+    """Means over 16 x 16 cells: uint8, N x H x W x C -> float32, N x (256 C)."""
+    found = []
+    for start in range(0, len(pixels), ROWS):
+        some = torch.from_numpy(np.array(pixels[start : start + ROWS])).permute(0, 3, 1, 2)
+        found.append(adaptive_avg_pool2d(some.float(), min(CELLS, some.shape[2])).flatten(1))
+    return torch.cat(found)

@@ -72,13 +72,19 @@ def plot_ratios(found: NearestImages) -> Figure:
         found: what `nearest_training_images` found.
     """
     figure, axes = new_figure(figsize=(9, 3.4))
-    bins = np.linspace(0, 1, 41)
-    for name, ratios in (("generated", found.ratios), ("real, by chance", found.by_chance)):
-        known = ratios[np.isfinite(ratios)]  # none, where all images are one image
+    both = {"generated": found.ratios, "real, by chance": found.by_chance}
+    # None is known where all images are one image.
+    known_of = {name: ratios[np.isfinite(ratios)] for name, ratios in both.items()}
+    bins = np.linspace(0, max(1.0, *(known.max(initial=0) for known in known_of.values())), 41)
+    for name, known in known_of.items():
         part = np.full(len(known), 1 / max(1, len(known)))
         axes.hist(known, bins, weights=part, histtype="step", linewidth=2, label=name)
     axes.axvline(found.threshold, color=RED, linestyle="--", label="threshold: 5 % of the real")
     title = "how much nearer the nearest training image is than the next"
-    axes.set(title=title, xlabel="ratio of the two distances", ylabel="part of the images")
+    axes.set(
+        title=title,
+        xlabel="ratio of the two distances, over what 5 % of the real have",
+        ylabel="part of the images",
+    )
     legend_beside(axes)
     return figure
