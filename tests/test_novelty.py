@@ -67,7 +67,7 @@ def test_a_generator_that_has_seen_fifty_images_is_found_out(
     network: EfficientNetLite0,
 ) -> None:
     p = TrainingParameters(
-        image_size=32, channels=1, max_images=50, batch_size=25, epochs=1500, seed=0,
+        image_size=32, channels=1, max_images=50, batch_size=25, epochs=3000, seed=0,
         nz=100, ngf=32, ndf=32, lr_g=4e-4, lr_d=4e-4, d_bias=True, flip=False, ema_images=2000,
     )  # fmt: skip
     images = prepare_images("dog-silhouettes", 32, channels=1, max_images=50)
