@@ -72,6 +72,7 @@ class Link(NamedTuple):
 def seconds_per_step(p: TrainingParameters, steps: int = 12) -> dict[str, Any]:
     """Of this rank: its median step, and its link.
 
+    "batch" are the images of a step over all ranks,
     "looking" is the part of the step during which the generator's exchange may go on, "sizes" are
     the bytes of each network's exchange, and "rate" is how many of them travel in a second.
     """
@@ -109,7 +110,7 @@ def seconds_per_step(p: TrainingParameters, steps: int = 12) -> dict[str, Any]:
     sizes = [each * sum(weight.numel() for weight in net.parameters()) for net in networks]
     seconds = statistics.median(found[4:])
     part = statistics.median(looked[4:]) / seconds
-    told = {"seconds": seconds, "looking": part, "sizes": sizes}
+    told = {"batch": p.batch_size, "seconds": seconds, "looking": part, "sizes": sizes}
     return told | {"rate": all_reduce_rate(device) if ranks.distributed else float("inf")}
 
 
@@ -144,10 +145,10 @@ def _ring_seconds(ranks: int, size: float, link: Link) -> float:
 class Model:
     """What a step would take, from the steps of one rank with two sizes of batches."""
 
-    def __init__(self, small: dict[str, Any], large: dict[str, Any], batch_size: int) -> None:
-        few = batch_size // 4
-        self.per_image = (large["seconds"] - small["seconds"]) / (batch_size - few)
-        self.constant = max(0.0, small["seconds"] - self.per_image * few)
+    def __init__(self, small: dict[str, Any], large: dict[str, Any]) -> None:
+        more = large["batch"] - small["batch"]
+        self.per_image = (large["seconds"] - small["seconds"]) / more
+        self.constant = max(0.0, small["seconds"] - self.per_image * small["batch"])
         self.looking = large["looking"]
         self.sizes = large["sizes"]
 
@@ -174,7 +175,7 @@ def model_of(p: TrainingParameters, client: Client) -> Model:
         told += run_ranks(
             client, seconds_per_step, 1, device=p.device, p=p.replace(batch_size=batch)
         )
-    return Model(*told, p.batch_size)
+    return Model(*told)
 
 
 def measure(p: TrainingParameters, client: Client, ranks: list[int], picture: str | None) -> None:
@@ -281,7 +282,7 @@ def check(p: TrainingParameters, mbit: list[float], delays_ms: list[float]) -> N
     (small,), (large,) = (
         run_apart(p.replace(batch_size=n)) for n in (p.batch_size // 4, p.batch_size)
     )
-    model = Model(small, large, p.batch_size)
+    model = Model(small, large)
     columns = "ranks", "delay, ms", "Mbit/s", "predicted, ms", "measured, ms"
     print_row(*columns, "measured / predicted")
     print_row(*["---"] * 6)

@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import fsspec
 import nbformat
@@ -163,10 +163,23 @@ def silhouettes_here(folder: Path) -> Iterator[dict[str, Any]]:
     yield {"run": str(folder / "run")}
 
 
+class Series(NamedTuple):
+    """An executed series, the profile that it was given, and which notebooks it has."""
+
+    done: Executed
+    profile: dict[str, Any]
+    names: list[str]
+
+    def book(self, name: str) -> nbformat.NotebookNode:
+        if name not in self.names:
+            pytest.skip("it was left out: it needs neither the bucket nor the cluster")
+        return nbformat.read(self.done.folder / f"{name}.ipynb", as_version=4)
+
+
 @pytest.fixture(scope="module", params=[silhouettes_here, photographs_in_s3_on_a_cluster])
 def executed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Executed, dict[str, Any]]]:
+) -> Iterator[Series]:
     """The executed series, and the profile that it was given.
 
     In a bucket only the core of those that need bucket or cluster, unless there is time for all.
@@ -178,20 +191,13 @@ def executed(
         profile = read_profile("tiny") | told
         values = series_values(names, profile, {})
         done = run_notebooks(names, values, "tiny", str(folder / "notebooks"), core)
-        yield done, profile
-
-
-def read_executed(executed: tuple[Executed, dict[str, Any]], name: str) -> nbformat.NotebookNode:
-    path = executed[0].folder / f"{name}.ipynb"
-    if not path.exists():
-        pytest.skip("it was left out: it needs neither the bucket nor the cluster")
-    return nbformat.read(path, as_version=4)
+        yield Series(done, profile, names)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_executes(name: str, executed: tuple[Executed, dict[str, Any]]) -> None:
-    done, profile = executed
-    notebook = read_executed(executed, name)
+def test_executes(name: str, executed: Series) -> None:
+    done, profile, _ = executed
+    notebook = executed.book(name)
     injected = [c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])]
     given = {k: v for k, v in profile.items() if k in notebook_parameters(name)}
     if given:
@@ -209,9 +215,9 @@ def test_executes(name: str, executed: tuple[Executed, dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pages_show_what_readers_need(name: str, executed: tuple[Executed, dict[str, Any]]) -> None:
-    cells = read_executed(executed, name).cells
-    folder = executed[0].folder
+def test_pages_show_what_readers_need(name: str, executed: Series) -> None:
+    cells = executed.book(name).cells
+    folder = executed.done.folder
     page = (folder / f"{name}.html").read_text()
     kinds = [kind for c in cells for o in c.get("outputs", []) for kind in o.get("data", {})]
     images = re.findall(r'<img[^>]* src="data:image/\w+;base64,([^"]+)"', page)
@@ -234,23 +240,21 @@ def test_pages_show_what_readers_need(name: str, executed: tuple[Executed, dict[
     assert all(png["alt"] for png in pngs)
 
 
-def test_an_index_leads_to_everything(executed: tuple[Executed, dict[str, Any]]) -> None:
-    folder, profile = executed[0].folder, executed[1]
+def test_an_index_leads_to_everything(executed: Series) -> None:
+    folder, profile = executed.done.folder, executed.profile
     page = (folder / "index.html").read_text()
     for target in re.findall(r'(?:href|src)="([^"#:]+)["#]', page):
         assert (folder / target).exists(), target
-    for name in (path.stem for path in folder.glob("*.ipynb")):
+    for name in executed.names:
         assert f'href="{name}.html"' in page
         assert re.search(rf'src="pictures/{name}-\d+\.', page)
     assert f"in {profile['epochs']} epochs" in page
-    assert str(executed[0].run) in page
+    assert str(executed.done.run) in page
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pages_in_a_browser(
-    scheme: Literal["light", "dark"], executed: tuple[Executed, dict[str, Any]]
-) -> None:
+def test_pages_in_a_browser(scheme: Literal["light", "dark"], executed: Series) -> None:
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no chromium here: apt-get install chromium")
@@ -261,7 +265,7 @@ def test_pages_in_a_browser(
         asked: list[str] = []
         view.on("request", lambda request: asked.append(request.url))
         for name in (*NAMES, "index"):
-            view.goto((executed[0].folder / f"{name}.html").as_uri())
+            view.goto((executed.done.folder / f"{name}.html").as_uri())
             assert view.evaluate("document.images.length") >= 2
             assert view.evaluate(broken) == 0
             assert view.evaluate("document.documentElement.scrollWidth") <= 1280
@@ -281,19 +285,19 @@ def test_pages_in_a_browser(
 
 
 def test_the_short_runs_are_as_long_as_they_were_told(
-    executed: tuple[Executed, dict[str, Any]],
+    executed: Series,
 ) -> None:
-    _, profile = executed
-    notebook = read_executed(executed, "03_parameters")
+    profile = executed.profile
+    notebook = executed.book("03_parameters")
     said = "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))
     ((epochs, steps),) = re.findall(r"^(\d+) epochs of (\d+) steps$", said, flags=re.MULTILINE)
     assert abs(int(epochs) * int(steps) - profile["short_steps"]) <= int(steps) / 2
 
 
 def test_what_a_discriminator_pays_that_cannot_tell(
-    executed: tuple[Executed, dict[str, Any]],
+    executed: Series,
 ) -> None:
-    notebook = read_executed(executed, "03_parameters")
+    notebook = executed.book("03_parameters")
     shown = [o.get("data", {}).get("text/plain", "") for c in notebook.cells
              for o in c.get("outputs", [])]  # fmt: skip
     (table,) = [text for text in shown if "has not learnt" in text]
@@ -304,9 +308,9 @@ def test_what_a_discriminator_pays_that_cannot_tell(
 
 
 def test_no_worker_of_a_cluster_that_was_there_is_killed(
-    executed: tuple[Executed, dict[str, Any]],
+    executed: Series,
 ) -> None:
-    _, profile = executed
+    profile = executed.profile
     if "address" not in profile:
         pytest.skip("it started its own")
     with Client(profile["address"]) as client:
@@ -314,16 +318,16 @@ def test_no_worker_of_a_cluster_that_was_there_is_killed(
         assert len(client.nthreads()) == 2
 
 
-def test_pictures_lie_beside_the_notebooks(executed: tuple[Executed, dict[str, Any]]) -> None:
-    folder = executed[0].folder
+def test_pictures_lie_beside_the_notebooks(executed: Series) -> None:
+    folder = executed.done.folder
     pictures = [path.name for path in (folder / "pictures").iterdir()]
-    for name in (path.stem for path in folder.glob("*.ipynb")):
+    for name in executed.names:
         assert any(picture.startswith(name) for picture in pictures)
     assert any(picture.endswith(".gif") for picture in pictures)
 
 
-def test_the_run_is_where_it_was_asked_for(executed: tuple[Executed, dict[str, Any]]) -> None:
-    done, profile = executed
+def test_the_run_is_where_it_was_asked_for(executed: Series) -> None:
+    done, profile, _ = executed
     assert done.run == profile["run"]
     run = open_run(profile["run"])
     assert run.epochs("records") == list(range(1, profile["epochs"] + 1))

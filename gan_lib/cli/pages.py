@@ -69,9 +69,9 @@ def _write_page(notebook: nbformat.NotebookNode, target: Path, names: Sequence[s
         kind, data = _light(kind, data)
         source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
         output.data["text/html"] = f'<img alt="{html.escape(alt)}" src="{source}">'
+    link = partial(_link, page=target, names=names)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            link = partial(_link, page=target, names=names)
             cell.source = re.sub(r"\]\(([^)\s]+)\)", link, cell.source)
         outputs = [o for o in cell.get("outputs", []) if WIDGET not in o.get("data", {})]
         cell.update({"outputs": outputs} if cell.cell_type == "code" else {})

@@ -91,8 +91,8 @@ def discriminator_step(
         d: the discriminator, alone or wrapped in DDP.
         optimizer_d: its optimiser; one step is taken.
         real: n x C x H x W.
-        fake: n x C x H x W; the generator learns nothing from this step. Or what makes them, which
-            is called as late as can be.
+        fake: n x C x H x W; the generator learns nothing from this step. Or what makes them, the
+            same each time, which is called as late as can be.
         lesson: what it is told.
 
     Returns:

@@ -73,9 +73,9 @@ class EfficientNetLite0(nn.Module):
             self.layers = EfficientNet.from_name(self.name)
         weights = torch.load(io.BytesIO(data), "cpu", weights_only=True)
         self.layers.load_state_dict(weights, assign=True)
-        self.layers.eval()
+        self.requires_grad_(False).eval()
         _lighten(self.layers)
-        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         images = interpolate(images.float(), size=self.side, mode="bilinear")

@@ -26,7 +26,6 @@ from torch.nn.functional import adaptive_avg_pool2d
 from gan_lib.base.errors import ParameterError
 from gan_lib.base.progress import ProgressBar
 from gan_lib.data.image_set import ImageSet, evenly_spread
-from gan_lib.data.pixels import Pixels
 from gan_lib.quality.features import EfficientNetLite0, FeatureNetwork, features_of, real_features
 from gan_lib.quality.scores import FEWEST
 
@@ -114,13 +113,12 @@ def nearest_training_images(
         )
     network = network or EfficientNetLite0()
     probes = torch.from_numpy(evenly_spread(min(MOST_PROBES, len(images)), len(images)))
-    n_looks = len(generated) * (3 if flip else 1) + len(probes) * (2 if flip else 0)
-    features = real_features(images, network, progress)
+    n_looks = 2 * (len(generated) * (3 if flip else 1) + len(probes) * (2 if flip else 0))
+    spaces = [(one, real_features(images, one, progress)) for one in (network, coarse_pixels)]
     with ProgressBar(n_looks, "searching", "image", show=progress) as bar:
-        by_features = partial(features_of, network=network, bar=bar)
         looks = [
-            _look(generated, images, probes, flip, seen, look)
-            for seen, look in ((features, by_features), (_cells(images.pixels), _cells))
+            _look(generated, images, probes, flip, seen, partial(features_of, network=one, bar=bar))
+            for one, seen in spaces
         ]
     real, ratios, by_chance = (torch.stack(parts) for parts in zip(*looks, strict=True))
     ratios, which = ratios.min(0)
@@ -148,7 +146,7 @@ def _look(
     """With one kind of look: the nearest real image of each generated one and its ratio, and the
     ratios of real ones, each as if it were new; in units of what 5 % of the real ones have.
 
-    `look` finds in images what tells how near they are, and `seen` is that of all real ones.
+    `look` finds the features that tell how near images are, and `seen` are those of all real ones.
     """
     same = SAME * torch.cdist(seen[probes], seen[probes]).median()
 
@@ -178,10 +176,6 @@ def _look(
     return real, ratios / unit, by_chance / unit
 
 
-def _cells(pixels: Pixels) -> Tensor:
-    """Means over 16 x 16 cells: uint8, N x H x W x C -> float32, N x (256 C)."""
-    found = []
-    for start in range(0, len(pixels), ROWS):
-        some = torch.from_numpy(np.array(pixels[start : start + ROWS])).permute(0, 3, 1, 2)
-        found.append(adaptive_avg_pool2d(some.float(), min(CELLS, some.shape[2])).flatten(1))
-    return torch.cat(found)
+def coarse_pixels(images: Tensor) -> Tensor:
+    """Means over 16 x 16 cells, as a `FeatureNetwork`: uint8, N x C x H x W -> N x (256 C)."""
+    return adaptive_avg_pool2d(images.float(), min(CELLS, images.shape[2])).flatten(1)

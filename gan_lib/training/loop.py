@@ -95,8 +95,8 @@ def _run_steps(
         if due or complete or now or len(losses) == STEPS_BETWEEN_EXCHANGES:
             with stopwatch.during("step"):  # here a GPU is waited for
                 steps, asked = ranks.exchange(losses, LEAVE.is_set() or keeper.asked_now)
-            if complete or asked:
-                training.finish()
+                if complete or asked:
+                    training.finish()
             training.check_losses(steps)
             losses = []
             if due:
