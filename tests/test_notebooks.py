@@ -284,9 +284,7 @@ def test_pages_in_a_browser(scheme: Literal["light", "dark"], executed: Series) 
         browser.close()
 
 
-def test_the_short_runs_are_as_long_as_they_were_told(
-    executed: Series,
-) -> None:
+def test_the_short_runs_are_as_long_as_they_were_told(executed: Series) -> None:
     profile = executed.profile
     notebook = executed.book("03_parameters")
     said = "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))
@@ -294,9 +292,7 @@ def test_the_short_runs_are_as_long_as_they_were_told(
     assert abs(int(epochs) * int(steps) - profile["short_steps"]) <= int(steps) / 2
 
 
-def test_what_a_discriminator_pays_that_cannot_tell(
-    executed: Series,
-) -> None:
+def test_what_a_discriminator_pays_that_cannot_tell(executed: Series) -> None:
     notebook = executed.book("03_parameters")
     shown = [o.get("data", {}).get("text/plain", "") for c in notebook.cells
              for o in c.get("outputs", [])]  # fmt: skip
@@ -307,9 +303,7 @@ def test_what_a_discriminator_pays_that_cannot_tell(
     assert unsure.split()[-3:] == ["0.84", "0.29", "1.12"]
 
 
-def test_no_worker_of_a_cluster_that_was_there_is_killed(
-    executed: Series,
-) -> None:
+def test_no_worker_of_a_cluster_that_was_there_is_killed(executed: Series) -> None:
     profile = executed.profile
     if "address" not in profile:
         pytest.skip("it started its own")
