@@ -14,7 +14,7 @@ from gan_lib.gan.drawing import latent_vectors
 from gan_lib.gan.models import discriminator_of, generator_of
 from gan_lib.gan.steps import Lesson, discriminator_step, generator_step
 from gan_lib.parameters import TrainingParameters
-from gan_lib.training.late import LateStep
+from gan_lib.training.joint import JointStep
 from gan_lib.training.ranks import distribute
 
 
@@ -44,7 +44,7 @@ def gradients(part: Mapping[str, Any], batch: int) -> list[Tensor]:
     labels = torch.arange(batch) % 2
     z = latent_vectors(batch, 8, seed=1).double()
     if not alone:
-        g, d = distribute(g), distribute(d, p.exchange)
+        g, d = distribute(g), distribute(d)
     mine = torch.arange(batch).tensor_split(world_size)[rank]
     lesson = Lesson(
         loss=p.loss,
@@ -56,10 +56,11 @@ def gradients(part: Mapping[str, Any], batch: int) -> list[Tensor]:
     )
     # A learning rate of 0: the gradients stay, the weights too.
     optimizer_g, optimizer_d = (torch.optim.SGD(m.parameters(), lr=0.0) for m in (g, d))
-    late_g = LateStep(optimizer_g, g, p.exchange)
+    step_of_g = JointStep(optimizer_g, g, p.exchange, late=True)
+    step_of_d = JointStep(optimizer_d, d, p.exchange)
     fake = g(z[mine], *lesson.given)
-    discriminator_step(d, optimizer_d, real[mine], fake, lesson)
+    discriminator_step(d, step_of_d, real[mine], fake, lesson)
     found = [p.grad.clone() for p in d.parameters()]
-    generator_step(d, late_g, real[mine], fake, lesson)
-    late_g.finish()
+    generator_step(d, step_of_g, real[mine], fake, lesson)
+    step_of_g.finish()
     return found + [p.grad.clone() for p in g.parameters()]

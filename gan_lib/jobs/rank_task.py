@@ -33,7 +33,8 @@ from distributed.core import Status
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]  # exported, untold
 
 from gan_lib.base.errors import ClusterError
-from gan_lib.training.ranks import ATTEMPT_VARIABLE, LEAVE, RETIRE
+from gan_lib.training.ranks import ATTEMPT_VARIABLE, LEAVE, RETIRE, SECONDS_FOR_A_COLLECTIVE
+from gan_lib.training.shared import leave_all
 
 # How long the other ranks may take to notice that one has failed, and to end.
 SECONDS_TO_FAIL = 10
@@ -44,8 +45,6 @@ SECONDS_TO_RETIRE = 30
 SECONDS_BETWEEN_LOOKS = 0.5
 # How long the ranks may take to meet, and one attempt of it, which nothing can interrupt.
 SECONDS_TO_MEET, SECONDS_TO_CONNECT = 300, 3
-# A collective that takes longer has lost a rank that Dask still hears of.
-SECONDS_FOR_A_COLLECTIVE = 1800
 
 
 @dataclass(frozen=True)
@@ -236,6 +235,7 @@ def _leaving_when_unwanted(worker: Worker, met: threading.Event) -> Iterator[Non
         if ended.wait(SECONDS_TO_RETIRE if RETIRE.is_set() else SECONDS_TO_FAIL):
             return
         # It waits for another rank that will never answer.
+        leave_all()
         with contextlib.suppress(Exception):
             if dist.group.WORLD is not None:
                 dist.group.WORLD.abort()
@@ -260,6 +260,7 @@ def _leaving_when_unwanted(worker: Worker, met: threading.Event) -> Iterator[Non
         watcher.join()
         LEAVE.clear()
         RETIRE.clear()
+        leave_all()
         if dist.is_initialized():
             dist.destroy_process_group()
         if torch.cuda.is_initialized():

@@ -24,7 +24,7 @@ from gan_lib.gan.rates import rate_factor
 from gan_lib.gan.steps import Lesson, autocast, discriminator_step, generator_step
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.files import LOSSES
-from gan_lib.training.late import LateStep
+from gan_lib.training.joint import JointStep
 from gan_lib.training.ranks import Ranks, distribute, pick_precision
 
 DIVERGED = (
@@ -65,8 +65,8 @@ class Training:
         self.average = MovingAverage(self.generator, p.ema_images) if p.ema_images else None
         if self.average:
             self.average.generator.to(device).to(memory_format=torch.channels_last)
-        self.g = self._place(self.generator)  # its gradients are exchanged by `late_g`
-        self.d = self._place(self.discriminator, p.exchange)
+        self.g = self._place(self.generator)
+        self.d = self._place(self.discriminator)
         if device.type == "cuda":
             # What this process has trained before is not this run's.
             torch.cuda.reset_peak_memory_stats(device)
@@ -74,7 +74,9 @@ class Training:
         adam = partial(torch.optim.Adam, betas=(p.beta1, p.beta2), fused=True)
         self.optimizer_g = adam(self.g.parameters(), lr=p.lr_g)
         self.optimizer_d = adam(self.d.parameters(), lr=p.lr_d)
-        self.late_g = LateStep(self.optimizer_g, self.g, p.exchange)
+        # Among several ranks, these two exchange gradients.
+        self.step_of_g = JointStep(self.optimizer_g, self.g, p.exchange, late=True)
+        self.step_of_d = JointStep(self.optimizer_d, self.d, p.exchange)
         self.unfinished = 0  # images of the last step, if the generator has yet to take it
         self.sample_latents = latent_vectors(p.n_samples, p.nz, stream_seed(p.seed, SAMPLES))
         self.sample_labels = random_labels(
@@ -86,12 +88,12 @@ class Training:
         """Both, by name, without their DDP wrappers."""
         return {"generator": self.generator, "discriminator": self.discriminator}
 
-    def _place(self, module: nn.Module, exchange: str = "float32") -> nn.Module:
+    def _place(self, module: nn.Module) -> nn.Module:
         # channels_last is how the batches lie in memory, and what convolutions run fastest on.
         module = module.to(self.device).to(memory_format=torch.channels_last)
         if self.parameters.sync_norm:
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        return distribute(module, exchange) if self.ranks.distributed else module
+        return distribute(module) if self.ranks.distributed else module
 
     def compile(self) -> None:
         """From now on, train with code that torch writes for these networks at the first step."""
@@ -114,8 +116,8 @@ class Training:
         self._set_rate(self.optimizer_d, self.parameters.lr_d)
         # Called when the discriminator has looked at the real images.
         make_fake = cache(partial(self.make_fake, batch, lesson))
-        losses = discriminator_step(self.d, self.optimizer_d, batch.images, make_fake, lesson)
-        losses |= generator_step(self.d, self.late_g, batch.images, make_fake(), lesson)
+        losses = discriminator_step(self.d, self.step_of_d, batch.images, make_fake, lesson)
+        losses |= generator_step(self.d, self.step_of_g, batch.images, make_fake(), lesson)
         self.iteration += 1
         self.steps_done += 1
         self.seen += batch.n_total
@@ -127,7 +129,7 @@ class Training:
     def finish(self) -> None:
         """Complete the last step, whose gradients may still be on their way."""
         if self.unfinished:
-            self.late_g.finish()
+            self.step_of_g.finish()
             if self.average:
                 self.average.update(self.generator, self.unfinished, self.seen)
             self.unfinished = 0

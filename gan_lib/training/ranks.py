@@ -24,7 +24,6 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
 from gan_lib.base.errors import ParameterError, ReplicaError
@@ -39,6 +38,8 @@ ATTEMPT_VARIABLE = "GAN_LIB_ATTEMPT"
 LEAVE = threading.Event()
 # Set when the worker of this process's rank is to end, and others may go on without it.
 RETIRE = threading.Event()
+# A collective that takes longer has lost a rank that Dask still hears of.
+SECONDS_FOR_A_COLLECTIVE = 1800
 # With fewer steps, the minutes that compiling takes on a GPU are not won back: reckoned from steps
 # of 4 ms, and not measured.
 STEPS_WORTH_COMPILING = 100_000
@@ -232,18 +233,14 @@ def _has_compiler(gpu: bool) -> bool:
     return found and (not gpu or Path(headers, "Python.h").exists())
 
 
-def distribute(module: nn.Module, exchange: str = "float32") -> DDP:
+def distribute(module: nn.Module) -> DDP:
     """Wrap a network for training on all ranks: the one difference that DDP makes.
 
     Buffers are not exchanged in each forward pass: `train_gan` averages them once an epoch.
-    `exchange` is what gradients travel as, "float32" or, in half the bytes, "bfloat16".
     """
     # torch 2.13 renamed the argument.
     names = inspect.signature(DDP.__init__).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     # Gradients lie where they are sent from: nothing is copied there and back.
     told: dict[str, Any] = {buffers: False}
-    wrapped = DDP(module, gradient_as_bucket_view=True, **told)
-    if exchange == "bfloat16":
-        wrapped.register_comm_hook(None, bf16_compress_hook)
-    return wrapped
+    return DDP(module, gradient_as_bucket_view=True, **told)

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 
-from torch.autograd.profiler_util import FunctionEvent
+from torch.autograd.profiler_util import FunctionEvent, Interval
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gan_lib.base.memory import keep_freed_memory
@@ -15,7 +15,7 @@ from gan_lib.data.batches import Batches
 from gan_lib.data.datasets import training_images
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.timeline import Span
-from gan_lib.training.late import WAIT
+from gan_lib.training.joint import SEND, WAIT
 from gan_lib.training.networks import Training
 from gan_lib.training.ranks import Ranks, pick_device
 
@@ -86,7 +86,12 @@ def _spans(events: list[FunctionEvent]) -> list[Span]:
     def span(kind: str, start: float, end: float) -> Span:
         return Span(kind, (start - zero) / 1e6, (end - zero) / 1e6)
 
+    # What gloo does in threads of its own; and what goes through shared memory, where there is
+    # nothing to be seen between the moment that it is written and the one that all is there.
     sent = [e.time_range for e in events if e.name.startswith(("gloo:", "nccl:"))]
+    ends = sorted(e.time_range.end for e in events if e.name == WAIT)
+    for start in (e.time_range.start for e in events if e.name == SEND):
+        sent.append(Interval(start, next((e for e in ends if e > start), end)))
     sent = [s for s in sent if s.end > zero and s.start < end]
     found = [span("exchange", max(s.start, zero), min(s.end, end)) for s in sent]
     now = zero
