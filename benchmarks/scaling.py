@@ -13,8 +13,9 @@ checks that: 2 and 4 ranks on hosts that are network namespaces of this machine,
 so many Mbit/s at most, to where they arrive so much later (root only): predicted first, then
 measured.
 
-The model: a rank's step takes a constant and a time for each image; all ranks that share a core
-take turns. The gradients of each network are exchanged at once, as gloo does it, in a ring: b bytes
+The model, of ranks that are no machine's neighbours (those add up gradients in its memory): a
+rank's step takes a constant and a time for each image; all ranks that share a core take turns. The
+gradients of each network are exchanged at once, as gloo does it, in a ring: b bytes
 over n ranks take 2 (n - 1) / n * b / rate (Patarasuk and Yuan 2009), and each of the 2 (n - 1)
 times that something is passed on takes a round trip, because it is sent when its receiver has
 asked for it. The generator's travel while the discriminator looks at the next real images, and cost
@@ -43,6 +44,7 @@ import torch
 import torch.distributed as dist
 from distributed import Client
 from step import machine
+from torch import Tensor
 
 from gan_lib.base.errors import ParameterError, UserError, describe
 from gan_lib.base.memory import keep_freed_memory
@@ -55,6 +57,7 @@ from gan_lib.practice.hosts import INTERFACE, Hosts, hosts
 from gan_lib.results.timeline import Span, seconds_by_kind
 from gan_lib.training.networks import Training
 from gan_lib.training.ranks import Ranks, pick_device
+from gan_lib.training.shared import share_sum
 from gan_lib.training.tracing import trace_steps
 
 DOGS = 20_580  # images of an epoch of Stanford Dogs
@@ -74,7 +77,8 @@ def seconds_per_step(p: TrainingParameters, steps: int = 12) -> dict[str, Any]:
 
     "batch" are the images of a step over all ranks,
     "looking" is the part of the step during which the generator's exchange may go on, "sizes" are
-    the bytes of each network's exchange, and "rate" is how many of them travel in a second.
+    the bytes of each network's exchange, "exchanging" is what both take with nothing beside them,
+    and "rate" is how many bytes a second messages carry.
     """
     keep_freed_memory()
     ranks = Ranks()
@@ -111,21 +115,34 @@ def seconds_per_step(p: TrainingParameters, steps: int = 12) -> dict[str, Any]:
     seconds = statistics.median(found[4:])
     part = statistics.median(looked[4:]) / seconds
     told = {"batch": p.batch_size, "seconds": seconds, "looking": part, "sizes": sizes}
-    return told | {"rate": all_reduce_rate(device) if ranks.distributed else float("inf")}
+    if not ranks.distributed:
+        return told | {"exchanging": 0.0, "rate": float("inf")}
+    size = 4 * 2**20
+    taken = seconds_to_add_up(torch.ones(size // 4, device=device), by_messages=True)
+    rate = 2 * (ranks.world_size - 1) / ranks.world_size * size / taken
+    travelling = torch.bfloat16 if p.exchange == "bfloat16" else torch.float32
+    exchanging = sum(
+        seconds_to_add_up(torch.ones(s // each, dtype=travelling, device=device)) for s in sizes
+    )
+    return told | {"exchanging": exchanging, "rate": rate}
 
 
-def all_reduce_rate(device: torch.device, size: int = 4 * 2**20) -> float:
-    """Bytes per second through each rank's link while it adds up `size` bytes with the others."""
-    values, n = torch.ones(size // 4, device=device), dist.get_world_size()
+def seconds_to_add_up(values: Tensor, by_messages: bool = False) -> float:
+    """What the ranks take for it, as `JointStep` does it or as ranks apart do."""
+    in_memory = values.device.type == "cpu" and values.dtype == torch.float32 and not by_messages
+    shared = share_sum(len(values), values.dtype) if in_memory else None
     found = []
-    for _ in range(4):
+    for _ in range(5):
         dist.barrier()
         began = time.perf_counter()
-        dist.all_reduce(values)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if shared:
+            shared.send(values, last=True)()
+        else:
+            dist.all_reduce(values)
+        if values.is_cuda:
+            torch.cuda.synchronize(values.device)
         found.append(time.perf_counter() - began)
-    return 2 * (n - 1) / n * size / statistics.median(found) or float("inf")
+    return statistics.median(found)
 
 
 def exchange_seconds(ranks: int, sizes: Sequence[float], link: Link) -> float:
@@ -194,7 +211,7 @@ def measure(p: TrainingParameters, client: Client, ranks: list[int], picture: st
             seconds = max(step["seconds"] for step in steps)
             found.append(batch / seconds)
             efficiency = found[-1] / found[0] * ranks[0] / n
-            exchanging = max(exchange_seconds(n, s["sizes"], Link(s["rate"])) for s in steps)
+            exchanging = max(step["exchanging"] for step in steps)
             traces = run_ranks(client, trace_steps, n, device=p.device, parameters=told)
             parts = [part_of_step(spans, "waiting", "Python") for spans in traces]
             figures = f"{found[-1]:,.0f}", f"{efficiency:.2f}", f"{1e3 * seconds:.1f}"
