@@ -33,7 +33,7 @@ from gan_lib.training.rank import train_gan
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "32 x 32, ngf = ndf = 32": {
-        "image_size": 32, "channels": 1, "ngf": 32, "ndf": 32, "max_images": 512, "epochs": 5,
+        "image_size": 32, "channels": 1, "ngf": 32, "ndf": 32, "epochs": 4,
     },
     "64 x 64, ngf = ndf = 64": {"max_images": 192, "epochs": 3},
 }  # fmt: skip
