@@ -235,7 +235,8 @@ def _leaving_when_unwanted(worker: Worker, met: threading.Event) -> Iterator[Non
         if ended.wait(SECONDS_TO_RETIRE if RETIRE.is_set() else SECONDS_TO_FAIL):
             return
         # It waits for another rank that will never answer.
-        leave_all()
+        with contextlib.suppress(Exception):
+            leave_all()
         with contextlib.suppress(Exception):
             if dist.group.WORLD is not None:
                 dist.group.WORLD.abort()

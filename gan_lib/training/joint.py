@@ -20,13 +20,13 @@ SEND, WAIT = "send gradients", "wait for gradients"
 class JointStep:
     """An optimiser whose step begins with the mean of all ranks' gradients.
 
-    DDP waits at the end of `backward` until the gradients of all ranks have been exchanged. Those
-    of the generator are needed when it next makes images, and before that, the discriminator looks
-    at real ones: so they travel meanwhile, and a rank that is a little late keeps nobody waiting.
-    What is computed is the same, to the bit.
+    DDP alone would wait for them at the end of `backward`. The generator's are needed when it next
+    makes images, and before that, the discriminator looks at real ones: so its step is taken late,
+    the gradients travel meanwhile, and a rank that is a little behind keeps nobody waiting. What is
+    computed is the same, to the bit.
 
-    Ranks of one machine whose gradients are in its memory exchange them there, see `SharedSum`, and
-    others by messages.
+    Ranks of one machine that train on its CPUs add up their gradients in memory that they share, if
+    they can (see `share_sum`); all others send messages.
 
     Args:
         optimizer: torch's.

@@ -29,7 +29,8 @@ from gan_lib.training.ranks import SECONDS_FOR_A_COLLECTIVE, Ranks
 # Each rank reads what all others have written, so what it reads grows with their number; what it
 # sends in gloo's ring does not.
 MOST_RANKS = 8
-# A rank that is a little late is waited for without going to sleep: to wake up takes longer.
+# A rank that is a little late is waited for without going to sleep: to wake up takes so much longer
+# that nothing would be gained over messages.
 SECONDS_AWAKE = 0.01
 # How long it may take to hand the memory from one rank to another, once all have met.
 SECONDS_TO_HAND_OUT = 60
