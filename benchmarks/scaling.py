@@ -145,12 +145,10 @@ def seconds_to_add_up(values: Tensor, by_messages: bool = False) -> float:
     return statistics.median(found)
 
 
-def exchange_seconds(ranks: int, sizes: Sequence[float], link: Link) -> float:
-    """What ranks take that add up tensors of these sizes, in bytes, one after the other."""
-    return sum(_ring_seconds(ranks, size, link) for size in sizes) if ranks > 1 else 0.0
-
-
-def _ring_seconds(ranks: int, size: float, link: Link) -> float:
+def exchange_seconds(ranks: int, size: float, link: Link) -> float:
+    """What ranks take that add up a tensor of so many bytes by messages."""
+    if ranks == 1:
+        return 0.0
     # A rank's part travels in pieces, two at a time: while one is sent, the next is asked for.
     pieces = max(2, math.ceil(size / ranks / PIECE))
     sending, asking = size / ranks / pieces / link.rate, 2 * link.delay
@@ -172,7 +170,7 @@ class Model:
     def step(self, batch: int, ranks: int, link: Link, ranks_per_core: float = 1.0) -> float:
         """Seconds of a step of `ranks`."""
         computing = (self.constant + self.per_image * batch / ranks) * ranks_per_core
-        of_g, of_d = (exchange_seconds(ranks, [size], link) for size in self.sizes)
+        of_g, of_d = (exchange_seconds(ranks, size, link) for size in self.sizes)
         return computing + of_d + max(0.0, of_g - self.looking * computing)
 
     def efficiency(self, batch: int, ranks: int, link: Link) -> float:

@@ -235,7 +235,7 @@ def _leaving_when_unwanted(worker: Worker, met: threading.Event) -> Iterator[Non
         if ended.wait(SECONDS_TO_RETIRE if RETIRE.is_set() else SECONDS_TO_FAIL):
             return
         # It waits for another rank that will never answer.
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(RuntimeError):  # it has just begun to share another sum
             leave_all()
         with contextlib.suppress(Exception):
             if dist.group.WORLD is not None:

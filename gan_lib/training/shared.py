@@ -77,7 +77,7 @@ class SharedSum:
         """Write the next piece of this rank's tensor, and after the last one, tell the others.
 
         Args:
-            part: its values, in any shape, the same on all ranks.
+            part: its values, one-dimensional, as many on each rank.
             last: whether this completes the tensor.
 
         Returns:
@@ -86,7 +86,7 @@ class SharedSum:
         start, self._filled = self._filled, self._filled + part.numel()
         places = self._places[self._sent % 2, :, start : self._filled]
         # The mean, as DDP finds it: divided first, then added up.
-        torch.div(part.flatten(), len(places), out=places[self._rank])
+        torch.div(part, len(places), out=places[self._rank])
         receive = partial(self._receive, self._sent + 1, places, part)
         if last:
             self._sent, self._filled = self._sent + 1, 0
@@ -100,9 +100,9 @@ class SharedSum:
                 _wait_for(other)
             self._complete = sums
         first, second, *more = places
-        torch.add(first, second, out=part.view(-1))
+        torch.add(first, second, out=part)
         for place in more:
-            part.view(-1).add_(place)
+            part.add_(place)
 
     def leave(self) -> None:
         """End this rank's part: whoever waits for it raises, and so does this one if it waits."""
