@@ -129,8 +129,8 @@ def seconds_per_step(p: TrainingParameters, steps: int = 12) -> dict[str, Any]:
 
 def seconds_to_add_up(values: Tensor, by_messages: bool = False) -> float:
     """What the ranks take for it, as `JointStep` does it or as ranks apart do."""
-    in_memory = values.device.type == "cpu" and values.dtype == torch.float32 and not by_messages
-    shared = share_sum(len(values), values.dtype) if in_memory else None
+    bfloat16 = values.dtype == torch.bfloat16
+    shared = None if by_messages or bfloat16 else share_sum([values])
     found = []
     for _ in range(5):
         dist.barrier()

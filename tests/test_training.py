@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,9 +27,10 @@ from gan_lib.jobs.launching import run_ranks
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.run import open_run
 from gan_lib.training import background, rank, ranks, stopwatch
+from gan_lib.training.joint import JointStep
 from gan_lib.training.networks import Training
 from gan_lib.training.rank import train_gan
-from gan_lib.training.ranks import Ranks, speed_of_bfloat16
+from gan_lib.training.ranks import Ranks, distribute, speed_of_bfloat16
 from gan_lib.training.stopwatch import PARTS, Stopwatch
 
 
@@ -194,16 +196,27 @@ def test_bfloat16_that_is_emulated_is_told(
     assert "note: precision is bfloat16" in capsys.readouterr().out
 
 
-def means(value: float) -> tuple[list[float], list[float]]:
-    mine = torch.full((3,), value + Ranks().rank)
-    return Ranks().mean(mine).tolist(), mine.tolist()
+def means(shape: tuple[int, ...], told: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether the mean of ones and twos is right, and leaves what this rank has."""
+    alone = not Ranks().distributed
+    layer = nn.Linear(2, 2) if alone else distribute(nn.Linear(2, 2))
+    step = JointStep(torch.optim.SGD(layer.parameters()), layer, **told)
+    own = torch.full(shape, 1.0 + Ranks().rank)
+    mine = own.clone()
+    mean = step.mean(mine)
+    return torch.equal(mean, torch.full(shape, 1.0 if alone else 1.5)), torch.equal(mine, own)
 
 
-def test_the_mean_over_the_ranks_leaves_what_each_rank_has(client: Client) -> None:
-    assert means(1.0) == ([1.0] * 3, [1.0] * 3)
-    assert run_ranks(client, means, device="cpu", value=1.0) == [
-        ([1.5] * 3, [1.0] * 3), ([1.5] * 3, [2.0] * 3)
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [((2, 3), {}), ((300, 3), {}), ((2, 3), {"exchange": "bfloat16"})],
+    ids=["in shared memory", "too much for it", "by messages"],
+)
+def test_the_mean_over_the_ranks_leaves_what_each_rank_has(
+    client: Client, shape: tuple[int, ...], told: dict[str, Any]
+) -> None:
+    assert means(shape, told) == (True, True)
+    assert run_ranks(client, means, device="cpu", shape=shape, told=told) == [(True, True)] * 2
 
 
 def precision_with_one_slow_rank(parameters: TrainingParameters, run: str) -> str:

@@ -45,13 +45,13 @@ class JointStep:
         self.optimizer = optimizer
         self.exchange = exchange
         self.late = late
+        self._alone = not isinstance(module, DDP)
         # What waits for gradients that are on their way, and puts them where DDP has them.
         self._on_their_way: list[Callable[[], None]] = []
         self._shared = None
         if isinstance(module, DDP):
-            weights = [w for w in module.parameters() if w.requires_grad]
-            if exchange == "float32" and weights[0].device.type == "cpu":
-                self._shared = share_sum(sum(w.numel() for w in weights), weights[0].dtype)
+            if exchange == "float32":
+                self._shared = share_sum([w for w in module.parameters() if w.requires_grad])
             module.register_comm_hook(None, self._send)
 
     def _send(self, _: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -82,6 +82,18 @@ class JointStep:
                 gradients.copy_(travelling)
 
         return receive
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of something else over all ranks, on every rank, while no gradients travel."""
+        assert not self._on_their_way
+        if self._alone:
+            return values
+        mean = values.flatten().clone()
+        if self._shared and self._shared.holds(mean):
+            self._shared.send(mean, last=True)()
+        else:
+            dist.all_reduce(mean.div_(dist.get_world_size()))
+        return mean.view_as(values)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the last gradients."""

@@ -94,7 +94,7 @@ def _run_steps(
         asked, now = "", LEAVE.is_set() and not ranks.distributed
         if due or complete or now or len(losses) == STEPS_BETWEEN_EXCHANGES:
             with stopwatch.during("step"):  # here a GPU is waited for
-                steps, asked = ranks.exchange(losses, LEAVE.is_set() or keeper.asked_now)
+                steps, asked = training.exchange(losses, LEAVE.is_set() or keeper.asked_now)
                 if complete or asked:
                     training.finish()
             training.check_losses(steps)

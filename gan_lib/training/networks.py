@@ -25,7 +25,7 @@ from gan_lib.gan.steps import Lesson, autocast, discriminator_step, generator_st
 from gan_lib.parameters import TrainingParameters
 from gan_lib.results.files import LOSSES
 from gan_lib.training.joint import JointStep
-from gan_lib.training.ranks import Ranks, distribute, pick_precision
+from gan_lib.training.ranks import RETIRE, Ranks, distribute, pick_precision
 
 DIVERGED = (
     "training has diverged. The last checkpoint is from before; lower lr_g and lr_d, or use "
@@ -167,6 +167,17 @@ class Training:
             precision=self.precision,
         )
 
+    def exchange(self, losses: list[Tensor], stop: bool) -> tuple[list[list[float]], str]:
+        """The means of some steps' losses over the ranks, and what any rank wishes.
+
+        That is "now" if one wishes to `stop`, "retire" if the worker of one is to end, or empty.
+        """
+        wishes = torch.zeros_like(losses[0])
+        wishes[0], wishes[1] = float(stop), float(RETIRE.is_set())
+        # As the discriminator's gradients go, of which none are on their way between two steps.
+        *means, (stops, retires, *_) = self.step_of_d.mean(torch.stack([*losses, wishes])).tolist()
+        return means, "now" if stops else "retire" if retires else ""
+
     def average_statistics(self) -> None:
         """Give every rank the mean of the ranks' BatchNorm statistics.
 
@@ -176,7 +187,7 @@ class Training:
         if self.ranks.distributed:
             buffers = [buffer for _, buffer in self._statistics()]
             # In one exchange: each would be a meeting of all ranks.
-            mean = self.ranks.mean(torch.cat([buffer.flatten() for buffer in buffers]))
+            mean = self.step_of_d.mean(torch.cat([buffer.flatten() for buffer in buffers]))
             parts = mean.split([buffer.numel() for buffer in buffers])
             for buffer, part in zip(buffers, parts, strict=True):
                 buffer.copy_(part.view_as(buffer))

@@ -23,7 +23,7 @@ import torch
 # the group, and with it to the port where the ranks met, for as long as the process lives.
 import torch._dynamo
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: N817
 
 from gan_lib.base.errors import ParameterError, ReplicaError
@@ -64,24 +64,6 @@ class Ranks:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over the ranks, on every rank."""
-        if not self.distributed:
-            return values
-        total = values.clone()
-        dist.all_reduce(total)
-        return total / self.world_size
-
-    def exchange(self, losses: list[Tensor], stop: bool) -> tuple[list[list[float]], str]:
-        """The means of some steps' losses over the ranks, and what any rank wishes.
-
-        That is "now" if one wishes to `stop`, "retire" if the worker of one is to end, or empty.
-        """
-        wishes = torch.zeros_like(losses[0])
-        wishes[0], wishes[1] = float(stop), float(RETIRE.is_set())
-        *means, (stops, retires, *_) = self.mean(torch.stack([*losses, wishes])).tolist()
-        return means, "now" if stops else "retire" if retires else ""
 
     def from_first(self, compute: Callable[[], Any]) -> Any:
         """What rank 0 computes, or raises, on every rank."""

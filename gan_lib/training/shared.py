@@ -104,6 +104,12 @@ class SharedSum:
         for place in more:
             part.add_(place)
 
+    def holds(self, values: Tensor) -> bool:
+        """Whether there is a place for all of `values`."""
+        places = self._places
+        alike = values.device == places.device and values.dtype == places.dtype
+        return alike and values.numel() <= places.shape[-1]
+
     def leave(self) -> None:
         """End this rank's part: whoever waits for it raises, and so does this one if it waits."""
         for other in self._others:
@@ -117,16 +123,20 @@ def leave_all() -> None:
         shared.leave()
 
 
-def share_sum(n: int, dtype: torch.dtype) -> SharedSum | None:
-    """A sum of `n` elements that all ranks share; None if they cannot. All of them call this.
+def share_sum(parts: Sequence[Tensor]) -> SharedSum | None:
+    """A sum that all ranks share; None if they cannot. All of them call this.
 
-    They can on Linux, on one machine (and in one container), as the same user.
+    They can on Linux, on one machine (and in one container), as the same user, with CPUs.
+
+    Args:
+        parts: tensors of one type. There is place for as many elements as they have together.
 
     Raises:
         OSError: if another rank is lost meanwhile.
     """
     ranks = Ranks()
-    if not 1 < ranks.world_size <= MOST_RANKS:
+    n, dtype = sum(part.numel() for part in parts), parts[0].dtype
+    if not 1 < ranks.world_size <= MOST_RANKS or parts[0].device.type != "cpu":
         return None
     size = 2 * ranks.world_size * n * dtype.itemsize
     with contextlib.ExitStack() as held:
