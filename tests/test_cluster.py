@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from dask_pytorch_ddp import dispatch
 from distributed import Client
+from folders import add_greys
 from foreign import foreign_cluster
 
 from gan_lib.base.checkout import CHECKOUT
@@ -397,6 +398,24 @@ def test_a_cluster_without_gan_lib_gets_it(tiny: TrainingParameters, tmp_path: P
         # Closing our client leaves the cluster to its owner.
         with Client(address) as plain:
             assert len(plain.nthreads()) == 2
+
+
+def rank_after_a_second() -> int:
+    time.sleep(1)
+    return dist.get_rank()
+
+
+def test_a_cluster_that_was_started_later_disturbs_nobody(
+    client: Client, tiny: TrainingParameters, tmp_path: Path
+) -> None:
+    other = start(1, device="cpu")
+    try:
+        assert run_ranks(client, rank_after_a_second, device="cpu") == [0, 1]
+        add_greys(tmp_path / "images", range(8))
+        told = tiny.replace(source=str(tmp_path / "images"), batch_size=4, epochs=1)
+        assert len(launch(client, told, run=str(tmp_path / "run")).result()) == 2
+    finally:
+        close_cluster(other)
 
 
 CHANGED = """

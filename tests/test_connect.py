@@ -22,6 +22,8 @@ from typing import Any
 
 import dask
 import pytest
+import torch
+from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, Security
 from foreign import started
 
@@ -42,9 +44,10 @@ def settings() -> dict[str, Any]:
     names = ("OMP_NUM_THREADS", "TOKIO_WORKER_THREADS")
     more = ("TORCH_CPP_LOG_LEVEL", "CUDA_VISIBLE_DEVICES")
     options = ("distributed.worker.profile.enabled", "distributed.admin.tick.interval")
-    return {name: os.environ.get(name) for name in (*names, *more)} | {
+    told = {name: os.environ.get(name) for name in (*names, *more)} | {
         name: dask.config.get(name) for name in options
     }
+    return told | {"threads": torch.get_num_threads()}
 
 
 def told() -> tuple[int, dict[str, Any]]:
@@ -59,6 +62,7 @@ def test_workers_that_come_later_are_given_the_same(monkeypatch: pytest.MonkeyPa
     try:
         ((victim, first),) = ask(client, partial(client.run, told)).values()
         assert first["TOKIO_WORKER_THREADS"] == "1"
+        assert first["threads"] == CPU_COUNT
         assert first["distributed.worker.profile.enabled"] is False
         assert client.cluster is not None
         os.kill(victim, signal.SIGKILL)

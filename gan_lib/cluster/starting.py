@@ -247,8 +247,10 @@ class _TrainingNanny(Nanny):
         with dask.config.set(QUIET):
             super().__init__(scheduler, name=name, config=config, preload=preload, **named)
         environment = {
-            # Ranks share the cores: torch would start a thread per core in each of them.
+            # Ranks share the cores: torch would start a thread per core in each of them. And Dask
+            # tells each library to start one alone, of which torch takes MKL's word.
             "OMP_NUM_THREADS": str(n_threads),
+            "MKL_NUM_THREADS": str(n_threads),
             # One thread of obstore waits for all requests; two also wake each other.
             "TOKIO_WORKER_THREADS": "1",
             # When a rank is lost, torch prints a page of C++ frames on each of the others.

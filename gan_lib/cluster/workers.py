@@ -175,6 +175,19 @@ def was_asked_to_leave(client: Client, worker: str) -> bool:
     return asked
 
 
+def wait_a_moment(futures: Sequence[Any], seconds: float) -> None:
+    """Return when the first of the Dask futures has ended that had not, or after some time.
+
+    It asks that future's own client. distributed's `wait` asks the last one that was made, which
+    fails if this process has a second cluster.
+    """
+    going_on = (future for future in futures if not future.done())
+    with contextlib.suppress(TimeoutError):
+        for future in going_on:
+            future.exception(timeout=seconds)
+            return
+
+
 def in_thread(function: Callable[[], _T]) -> Future[_T]:
     """Call a function that may never return, in a thread that then is forgotten."""
     result: Future[_T] = Future()

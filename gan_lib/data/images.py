@@ -284,7 +284,7 @@ def _on_workers(client: Client, works: Sequence[Work], folder: Folder) -> _Made:
         futures = client.map(
             make_shard, works, url=folder.url, sharing=sharing, key=keys, pure=False
         )
-        for future in as_completed(futures):
+        for future in as_completed(futures, loop=client.loop):
             work = by_key[future.key]
             # The shard's own file says as much as the task's result, which would come through
             # three event loops.

@@ -93,10 +93,17 @@ def workers(patient: Patient) -> Finding:
         for w, (_, n_cores) in given.items()
         if on_host[get_address_host(w)] > n_cores
     }
-    lines = [_tally(odd) for odd in (several, alone, crowded) if odd]
+    # A nanny of Dask tells torch to use one thread, if nobody else has told it.
+    idle = {
+        w: f"threads of torch that leave half of {n_cores} cores idle"
+        for w, (_, n_cores) in given.items()
+        if 0 < 2 * on_host[get_address_host(w)] <= n_cores
+    }
+    lines = [_tally(odd) for odd in (several, alone, crowded, idle) if odd]
     cure = (
-        "start one for each rank: `OMP_NUM_THREADS=N dask worker ADDRESS --nthreads 1 --nanny "
-        "--memory-limit 0`, where N is the cores of its machine shared among the workers there"
+        "start one for each rank: `OMP_NUM_THREADS=N MKL_NUM_THREADS=N dask worker ADDRESS "
+        "--nthreads 1 --nanny --memory-limit 0`, where N is the cores of its machine shared among "
+        "the workers there"
     )
     well = "one thread, a nanny and enough memory each"
     return judge([_tally(small)] if small else [], lines, well, cure)

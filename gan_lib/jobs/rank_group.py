@@ -7,7 +7,6 @@ function's own affair.
 
 from __future__ import annotations
 
-import contextlib
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,6 @@ from concurrent.futures import CancelledError
 from typing import Any
 
 from distributed import Client, Future
-from distributed import wait as wait_for_futures
 
 from gan_lib.base.errors import WorkerLostError, WorkerRetiredError
 from gan_lib.cluster.shipping import ship_package
@@ -25,6 +23,7 @@ from gan_lib.cluster.workers import (
     Place,
     Watch,
     ask,
+    wait_a_moment,
     was_asked_to_leave,
 )
 from gan_lib.jobs.rank_task import (
@@ -109,8 +108,7 @@ class RankGroup:
             WorkerLostError: if a worker process died, or hangs.
         """
         while not self.done():
-            with contextlib.suppress(TimeoutError):
-                wait_for_futures(self._futures, timeout=0.5)
+            wait_a_moment(self._futures, 0.5)
         error = self.error()
         if error is not None:
             raise error

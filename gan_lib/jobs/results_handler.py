@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import queue
@@ -11,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distributed import get_client, get_worker, wait
+from distributed import get_client, get_worker
 
 from gan_lib.base.errors import RunError
+from gan_lib.cluster.workers import wait_a_moment
 from gan_lib.results.writing import RunWriter
 
 logger = logging.getLogger(__name__)
@@ -76,8 +76,7 @@ class DaskResultsHandler:
                         logger.error("a rank failed", exc_info=error)
                 if not waiting:
                     break
-                with contextlib.suppress(TimeoutError):
-                    wait(waiting, timeout=0.2, return_when="FIRST_COMPLETED")
+                wait_a_moment(waiting, 0.2)
         finally:
             client.unsubscribe_topic(self.pub_sub_key)
 
