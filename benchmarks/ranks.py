@@ -39,10 +39,9 @@ from gan_lib.cluster.starting import close_cluster, start_cluster
 from gan_lib.cluster.workers import in_thread
 from gan_lib.data.batches import Batch
 from gan_lib.jobs.launching import run_ranks
-from gan_lib.training import shared
+from gan_lib.training import ranks, shared
 from gan_lib.training.networks import Training
 from gan_lib.training.rank import train_gan
-from gan_lib.training.ranks import LEAVE
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "32 x 32, ngf = ndf = 32": {"image_size": 32, "channels": 1, "ngf": 32, "ndf": 32},
@@ -65,7 +64,7 @@ def train(parameters: dict[str, Any], steps: str, by_messages: bool = False) -> 
             if training.ranks.rank == 0:
                 done.write(b".")
             if end.exists():
-                LEAVE.set()
+                ranks.LEAVE.set()
             return losses
 
         with (
@@ -75,7 +74,7 @@ def train(parameters: dict[str, Any], steps: str, by_messages: bool = False) -> 
             try:
                 train_gan(parameters, progress=False)
             finally:
-                LEAVE.clear()
+                ranks.LEAVE.clear()
 
 
 class Way:
@@ -150,7 +149,7 @@ def ways(told: dict[str, Any]) -> dict[str, Callable[[], Way]]:
     def alone(client: Client, steps: str) -> None:
         client.submit(train, whole, steps, pure=False).result()
 
-    def ranks(
+    def as_ranks(
         n: int, parameters: dict[str, Any] = whole, by_messages: bool = False
     ) -> Callable[[Client, str], Any]:
         each = {"parameters": parameters, "by_messages": by_messages}
@@ -158,11 +157,11 @@ def ways(told: dict[str, Any]) -> dict[str, Callable[[], Way]]:
 
     return {
         "one process, two threads": lambda: Way(alone, n_workers=1),
-        "one rank on one core": lambda: Way(ranks(1)),
-        "two ranks on two cores": lambda: Way(ranks(2)),
-        "... by messages": lambda: Way(ranks(2, by_messages=True)),
-        "two runs of one rank, at once": lambda: Way(ranks(1), n_trainings=2),
-        "... of half the batch": lambda: Way(ranks(1, half), n_trainings=2, images=BATCH // 2),
+        "one rank on one core": lambda: Way(as_ranks(1)),
+        "two ranks on two cores": lambda: Way(as_ranks(2)),
+        "... by messages": lambda: Way(as_ranks(2, by_messages=True)),
+        "two runs of one rank, at once": lambda: Way(as_ranks(1), n_trainings=2),
+        "... of half the batch": lambda: Way(as_ranks(1, half), n_trainings=2, images=BATCH // 2),
     }
 
 
