@@ -132,8 +132,12 @@ def test_workers_that_differ_and_are_not_as_they_should(tmp_path: Path) -> None:
         patient = Patient({"address": theirs.address, "n_workers": 2})
         try:
             findings = dict(examine(patient, "GLM"))
+            larger = "from gan_lib.doctor import cluster; cluster.CPU_COUNT = 1200"
+            patient.opened().run(exec, larger)
+            ((_, idle),) = examine(patient, "M")
         finally:
             patient.close()
+    assert "threads of torch that leave half of 1200 cores idle on tcp" in idle.found
     assert findings["G"].verdict == "ok", findings["G"]
     assert findings["L"].verdict == "fault"
     for torch_version in (torch.__version__, "2.11.0"):

@@ -247,8 +247,8 @@ class _TrainingNanny(Nanny):
         with dask.config.set(QUIET):
             super().__init__(scheduler, name=name, config=config, preload=preload, **named)
         environment = {
-            # Ranks share the cores: torch would start a thread per core in each of them. And Dask
-            # tells each library to start one alone, of which torch takes MKL's word.
+            # Ranks share the cores: torch would start a thread per core in each of them. Dask
+            # tells MKL to start one, and torch does as MKL is told.
             "OMP_NUM_THREADS": str(n_threads),
             "MKL_NUM_THREADS": str(n_threads),
             # One thread of obstore waits for all requests; two also wake each other.

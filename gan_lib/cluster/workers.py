@@ -181,11 +181,10 @@ def wait_a_moment(futures: Sequence[Any], seconds: float) -> None:
     It asks that future's own client. distributed's `wait` asks the last one that was made, which
     fails if this process has a second cluster.
     """
-    going_on = (future for future in futures if not future.done())
-    with contextlib.suppress(TimeoutError):
-        for future in going_on:
-            future.exception(timeout=seconds)
-            return
+    going_on = next((future for future in futures if not future.done()), None)
+    if going_on is not None:
+        with contextlib.suppress(TimeoutError):
+            going_on.exception(timeout=seconds)
 
 
 def in_thread(function: Callable[[], _T]) -> Future[_T]:

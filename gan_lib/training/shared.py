@@ -1,4 +1,4 @@
-"""Memory in which the ranks of one machine add up their gradients.
+"""Memory in which the ranks of one machine add up their gradients, and what else they compare.
 
 Between machines gradients travel as messages, and gloo sends them so inside of one machine, too:
 there each exchange wakes several threads, which compete for the cores with what the ranks compute.
