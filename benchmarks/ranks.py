@@ -118,7 +118,7 @@ class Way:
 
     def close(self) -> None:
         """End its trainings, and its cluster."""
-        Path(self._folder, END).touch()
+        (self._folder / END).touch()
         self._send(signal.SIGCONT)
         for training in self._trainings:
             training.exception()

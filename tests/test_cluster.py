@@ -400,20 +400,34 @@ def test_a_cluster_without_gan_lib_gets_it(tiny: TrainingParameters, tmp_path: P
             assert len(plain.nthreads()) == 2
 
 
-def rank_after_a_second() -> int:
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     time.sleep(1)
+
+
+def rank_while_another_cluster_starts(folder: Path) -> int:
+    (folder / "training").touch()
+    wait_for(folder / "other")
     return dist.get_rank()
 
 
 def test_a_cluster_that_was_started_later_disturbs_nobody(
     client: Client, tiny: TrainingParameters, tmp_path: Path
 ) -> None:
-    other = start(1, device="cpu")
+    with ThreadPoolExecutor(1) as pool:
+        told = {"device": "cpu", "folder": tmp_path}
+        ranks = pool.submit(run_ranks, client, rank_while_another_cluster_starts, **told)
+        wait_for(tmp_path / "training")
+        other = start(1, device="cpu")
+        (tmp_path / "other").touch()
     try:
-        assert run_ranks(client, rank_after_a_second, device="cpu") == [0, 1]
+        assert ranks.result() == [0, 1]
         add_greys(tmp_path / "images", range(8))
-        told = tiny.replace(source=str(tmp_path / "images"), batch_size=4, epochs=1)
-        assert len(launch(client, told, run=str(tmp_path / "run")).result()) == 2
+        greys = tiny.replace(source=str(tmp_path / "images"), batch_size=4, epochs=1)
+        assert len(launch(client, greys, run=str(tmp_path / "run")).result()) == 2
     finally:
         close_cluster(other)
 
